@@ -1,0 +1,142 @@
+"""Score fine-tuned classifiers in every language of their task.
+
+    python evaluate.py RUN [RUN ...]                    the test files; RUN is a folder that train.py wrote
+    python evaluate.py RUN --split dev --data DIR       the dev files
+
+Prints accuracy in percent per language and the average, English included (as the paper's tables), and
+writes RUN/predictions/TASK/SPLIT-LANG.tsv, one label a line: the form XTREME's evaluation takes.
+A file without labels is predicted but never scored: its language shows '-' and is not in the average.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+
+from data import TASKS, InputError, path_of, read_pairs
+
+
+def device_and_dtype(float32=False):
+    """Where to compute, and in what: (torch.device, autocast dtype). bfloat16 where the hardware multiplies it."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.type == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = getattr(torch.cpu, 'get_capabilities', dict)()
+        fast = bool(cpu.get('avx512_bf16') or cpu.get('amx_bf16'))
+    return device, torch.bfloat16 if fast and not float32 else torch.float32
+
+
+def collate(tokenizer, pairs, max_length):
+    """Tokenise pairs -> list of dicts of lists, a pair each: what `tokenizer.pad` takes."""
+    encoded = tokenizer([pair.premise for pair in pairs], [pair.hypothesis for pair in pairs],
+                        truncation=True, max_length=max_length)
+    return [{name: encoded[name][i] for name in encoded} for i in range(len(pairs))]
+
+
+@torch.inference_mode()
+def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_length=128, desc=None):
+    """argmax_c f(Enc(x))_c for each pair -> tensor of label indices (pairs,). Leaves the model in eval mode."""
+    model.eval()
+    features = collate(tokenizer, pairs, max_length)
+    # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
+    # so that memory that does not suffice shows at once.
+    order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
+    predicted = torch.empty(len(pairs), dtype=torch.long)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        for start in tqdm(range(0, len(order), batch), desc=desc, leave=False, disable=desc is None or not sys.stderr.isatty(), unit='batch'):
+            chosen = order[start:start + batch]
+            inputs = tokenizer.pad([features[i] for i in chosen], return_tensors='pt').to(model.device)
+            predicted[chosen] = model(**inputs).logits.argmax(-1).cpu()
+    return predicted
+
+
+def accuracy(predicted, pairs):
+    """Accuracy in percent, or None where the pairs have no labels."""
+    if any(pair.label is None for pair in pairs):
+        return None
+    return 100 * sum(p == pair.label for p, pair in zip(predicted.tolist(), pairs)) / len(pairs)
+
+
+def score(model, tokenizer, task, data, out, *, split='test', **options):
+    """Predict every language's SPLIT file, write out/TASK/SPLIT-LANG.tsv -> dict, language -> accuracy or None."""
+    folder = Path(out) / task
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = {}
+    for lang in TASKS[task].languages:
+        pairs = read_pairs(path_of(data, task, split, lang), task)
+        predicted = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
+        part = folder / f'{split}-{lang}.tsv.part'
+        part.write_text(''.join(f'{TASKS[task].labels[i]}\n' for i in predicted))
+        os.replace(part, folder / f'{split}-{lang}.tsv')
+        scores[lang] = accuracy(predicted, pairs)
+    return scores
+
+
+def table(rows):
+    """A text table of {name: {language: accuracy or None}}, with the average over the languages that have labels."""
+    languages = list(next(iter(rows.values())))
+    width = max(map(len, rows))
+    lines = [f'{"":{width}}' + ''.join(f'{lang:>6}' for lang in languages) + '   avg.']
+    for name, scores in rows.items():
+        known = [score for score in scores.values() if score is not None]
+        cells = ''.join('     -' if scores[lang] is None else f'{scores[lang]:6.1f}' for lang in languages)
+        lines.append(f'{name:{width}}{cells}' + (f'{sum(known) / len(known):7.1f}' if known else '      -'))
+    missing = [lang for lang in languages if any(scores[lang] is None for scores in rows.values())]
+    if missing:
+        lines.append(f'-: no labels in the file ({", ".join(missing)}); not in the average. XTREME\'s script strips them from the '
+                     'test files; `python data.py TASK` fetches the files with labels')
+    return '\n'.join(lines)
+
+
+def load(folder):
+    """A sequence classifier and its tokenizer from a Hugging Face folder or name. Raises InputError."""
+    quiet()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{folder}: not a Hugging Face classifier ({str(error).splitlines()[0]})') from None
+
+
+def quiet():
+    """Silence transformers' reports (a new head, tokenizer hints): one progress bar is enough."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'      # else it warns when the data worker is forked
+
+
+def main():
+    """The command line: score runs, print one table a task."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], epilog='See the top of evaluate.py for what is written.')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder that train.py wrote')
+    parser.add_argument('--split', choices=('test', 'dev'), default='test')
+    parser.add_argument('--data', help='folder in XTREME\'s layout (default: the one the run was trained on)')
+    parser.add_argument('--batch', type=int, default=64, help='pairs at once (default: %(default)s)')
+    parser.add_argument('--float32', action='store_true', help='no bfloat16, whatever the hardware')
+    args = parser.parse_args()
+    device, dtype = device_and_dtype(args.float32)
+    tables = {}
+    for run in args.runs:
+        try:
+            trained = json.loads((Path(run) / 'results.json').read_text())['args']
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f'{run}: no results.json of train.py in it; expected a run folder') from None
+        model, tokenizer = load(run)
+        task = trained['task']
+        if tuple(model.config.id2label[i] for i in range(model.config.num_labels)) != TASKS[task].labels:
+            raise InputError(f'{run}: labels {list(model.config.id2label.values())}; {task} has {list(TASKS[task].labels)}')
+        tables.setdefault(task, {})[Path(run).name] = score(
+            model.to(device), tokenizer, task, args.data or trained['data'], Path(run) / 'predictions', split=args.split,
+            dtype=dtype, batch=args.batch, max_length=trained['max_length'])
+    for task, rows in tables.items():
+        print(f'{task}, {args.split}, accuracy in percent')
+        print(table(rows))
+
+
+if __name__ == '__main__':
+    main()
