@@ -239,7 +239,7 @@ def write_pairs(path, rows):
 
 SAMPLE_HIDDEN, SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_WORDS = 64, 30, 3, 3
 SAMPLE_ROWS = {'train': 8000, 'dev': 1000, 'test': 2000}
-SAMPLE_SCALE = 0.2                                              # of concepts around the origin, per coordinate
+SAMPLE_SCALE = 0.25                                             # of concepts around the origin, per coordinate
 SAMPLE_SPREAD = 0.05                                            # of synonyms around their concept
 SAMPLE_SHIFTS = {f'x{k}': 0.05 * k for k in range(1, 7)}        # of a language's words, root mean square per coordinate
 
@@ -251,7 +251,8 @@ def write_sample(data, seed=0):
     word is that word's point plus a random shift, of the same length 0.05 k sqrt(64) for every word of
     xk. A pair is a paraphrase (synonyms exchanged) or different (one concept exchanged too). Written as
     ordinary files: XTREME's TSVs, a neighbour file, and a BertModel checkpoint (2 layers, hidden 64)
-    whose word embeddings are these points and whose other weights are random.
+    whose word embeddings are these points and whose other weights are random. It has no dropout, so that
+    delta is the only noise.
     """
     rng = random.Random(seed)
     folder = Path(data) / 'sample'
@@ -314,7 +315,8 @@ def _write_sample_encoder(folder, concepts, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=SAMPLE_HIDDEN, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=4 * SAMPLE_HIDDEN, max_position_embeddings=64, pad_token_id=0))
+                                     intermediate_size=4 * SAMPLE_HIDDEN, max_position_embeddings=64, pad_token_id=0,
+                                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     model.get_input_embeddings().weight.data.copy_(torch.cat(points))
     model.save_pretrained(folder)
 

@@ -26,7 +26,7 @@ DEFAULTS = {
     #                   epochs: XTREME's script, XTREME's paper, ours        RS-A counts over the augmented data: authors, authors, ours
     'pawsx':  dict(model='bert-base-multilingual-cased', lr=2e-5, epochs=5, epochs_rs_a=3, eval_steps=200, freeze_embeddings=False),
     'xnli':   dict(model='bert-base-multilingual-cased', lr=2e-5, epochs=2, epochs_rs_a=1, eval_steps=1000, freeze_embeddings=False),
-    'sample': dict(model=None, lr=1e-3, epochs=20, epochs_rs_a=2, eval_steps=250, freeze_embeddings=True, batch=64),
+    'sample': dict(model=None, lr=1e-3, epochs=20, epochs_rs_a=2, eval_steps=250, freeze_embeddings=True, batch=64, warmup=0.05),
     #                                                    dev every N steps: XTREME 200 (PAWS-X), authors 1000 (XNLI)
 }
 
@@ -49,7 +49,7 @@ def parse_args():
     add('--out', help='run folder; None: runs/TASK-METHOD-EPS-SEED')
     add('--epochs', type=float, help='passes over the training set, for rs_a over the augmented one; None: by task')
     add('--lr', type=float, help='peak learning rate, linear decay to 0; None: 2e-5 (sample: 1e-3)')
-    add('--warmup', type=float, default=0.0, help='fraction of the steps with rising learning rate (XTREME, authors: none)')
+    add('--warmup', type=float, help='fraction of the steps with rising learning rate; None: 0, as XTREME and authors (sample: 0.05)')
     add('--batch', type=int, help='pairs per step; None: 32 (sample: 64)')
     add('--max-length', type=int, default=128, help='tokens per pair, at most')
     add('--eval-steps', type=int, help='English dev accuracy every N steps; None: by task')
@@ -66,9 +66,9 @@ def parse_args():
             parser.error(f'--{name.replace("_", "-")} {value}: must be above 0')
     if not 0 <= args.eps < math.inf:
         parser.error(f'--eps {args.eps}: must be a number, 0 or above')
-    if not 0 <= args.p <= 1 or not 0 <= args.warmup < 1:
+    if not 0 <= args.p <= 1 or not 0 <= (args.warmup or 0) < 1:
         parser.error('--p and --warmup are fractions')
-    defaults = dict({'batch': 32}, **DEFAULTS[args.task], synonyms=str(Path(args.data) / SYNONYMS.get(args.task, PUBLIC_SYNONYMS)))
+    defaults = dict({'batch': 32, 'warmup': 0.0}, **DEFAULTS[args.task], synonyms=str(Path(args.data) / SYNONYMS.get(args.task, PUBLIC_SYNONYMS)))
     defaults['epochs'] = defaults.pop('epochs_rs_a') if args.method == 'rs_a' else (defaults.pop('epochs_rs_a'), defaults['epochs'])[1]
     defaults['model'] = defaults['model'] or str(Path(args.data) / 'sample' / 'model')
     size = f'-{args.eps:g}' if args.method in ('adv', 'rs_r') else ''
