@@ -5,27 +5,25 @@
     python data.py sample                       write the sample world
 
 XTREME's layout (Hu et al. 2020): DATA/{pawsx,xnli}/{train,dev,test}-{lang}.tsv, UTF-8, no header,
-premise TAB hypothesis TAB label. XTREME's own script strips the labels of the test files; what this
-file fetches keeps them.
+premise TAB hypothesis TAB label. XTREME's script strips the test labels; what is fetched here keeps them.
 """
 
 import argparse
 import csv
+import http.client
 import io
 import json
 import os
 import random
 import shutil
+import socket
 import sys
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 
 class InputError(SystemExit):
@@ -58,8 +56,6 @@ TASKS = {
                  {'train': 392702, 'dev': 2490, 'test': 5010}),
     'sample': Task(('en', 'x1', 'x2', 'x3', 'x4', 'x5', 'x6'), ('different', 'paraphrase')),
 }
-SYNONYMS = {'sample': 'sample/synonyms.json'}   # under DATA; every other task uses the public neighbour file:
-PUBLIC_SYNONYMS = 'synonyms/counterfitted_neighbors.json'
 
 
 # ---------------------------------------------------------------- reading
@@ -74,20 +70,16 @@ def read_pairs(path, task):
 
     Labels may be missing from the whole file (XTREME's test files), never from a part of it.
     """
-    path, labels = Path(path), TASKS[task].labels
+    labels = TASKS[task].labels
     try:
-        lines = path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
+        content = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').rstrip(b'\r\n')
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}. `python data.py {task}` fetches the task\'s files') from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    if not content:
         raise InputError(f'{path}: empty; expected premise TAB hypothesis TAB label, a pair a line')
-    ids = {name: i for i, name in enumerate(labels)}
-    if task == 'xnli':
-        ids['contradictory'] = ids['contradiction']     # the spelling of XNLI's machine-translated files
+    ids = {name: i for i, name in enumerate(labels)} | ({'contradictory': 0} if task == 'xnli' else {})     # as XNLI's MT files spell it
     pairs, columns = [], None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split(b'\n'), 1):
         try:
             cells = line.decode('utf-8').rstrip('\r').split('\t')
         except UnicodeDecodeError as error:
@@ -115,16 +107,11 @@ def _unquote(cell):
     return inner.replace('""', '"') if wrapped and '"' not in inner.replace('""', '') else cell
 
 
-def placeholders(pairs):
-    """How many rows have a PAWS-X placeholder cell 'NS' ('no sentence'). XTREME keeps them, and so does this."""
-    return sum('NS' in (pair.premise, pair.hypothesis) for pair in pairs)
-
-
 def describe(path, pairs):
-    """One line about a file: rows, labels, placeholders."""
-    notes = ['no labels: cannot be scored'] * (pairs[0].label is None)
-    notes += [f'{placeholders(pairs)} rows with a placeholder NS, kept'] * (placeholders(pairs) > 0)
-    return f'{path}: {len(pairs):,} pairs' + ''.join(f'; {note}' for note in notes)
+    """One line about a file: rows, missing labels, PAWS-X's placeholders NS ('no sentence'), which XTREME keeps."""
+    placeholders = sum('NS' in (pair.premise, pair.hypothesis) for pair in pairs)
+    return (f'{path}: {len(pairs):,} pairs' + '; no labels: cannot be scored' * (pairs[0].label is None)
+            + f'; {placeholders} rows with a placeholder NS, kept' * (placeholders > 0))
 
 
 # ---------------------------------------------------------------- fetching
@@ -136,39 +123,37 @@ def prepare(data, task, archives=(), complete=False):
     for test labels too: test files without labels are then fetched anew. Nothing else is overwritten.
     """
     if task == 'sample':
-        if not path_of(data, task, 'train', 'en').exists():
-            write_sample(data)
-        return
+        return path_of(data, task, 'train', 'en').exists() or write_sample(data)
     wanted = []
     for split, lang in [('train', 'en')] + [(s, l) for s in ('dev', 'test') for l in TASKS[task].languages]:
         path = path_of(data, task, split, lang)
-        needed = complete or split != 'dev' or lang == 'en'
-        if needed and (not path.exists() or complete and read_pairs(path, task)[0].label is None):
+        if (complete or split != 'dev' or lang == 'en') and (not path.exists() or complete and read_pairs(path, task)[0].label is None):
             wanted.append((split, lang))
     if wanted:
-        names = ', '.join(f'{split}-{lang}' for split, lang in wanted[:3]) + ', ...' * (len(wanted) > 3)
-        print(f'{Path(data) / task}: {len(wanted)} files to fetch ({names})', file=sys.stderr)
-        _convert(data, task, wanted, {Path(archive).name: Path(archive) for archive in archives})
+        print(f'{Path(data) / task}: {len(wanted)} files to fetch, {"-".join(wanted[0])} first', file=sys.stderr)
+        _convert(data, task, wanted, archives)
 
 
 def _convert(data, task, wanted, archives):
     """Read the wanted (split, lang) from the raw archives, check them, and write them in XTREME's layout."""
+    by_name = {Path(archive).name: archive for archive in archives}
+    for name in by_name.keys() - TASKS[task].archives.keys():
+        raise InputError(f'{by_name[name]}: not an archive of {task}; expected {" or ".join(TASKS[task].archives)}')
     folder = Path(data) / task
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         for name, (url, splits) in TASKS[task].archives.items():
-            inside = [(split, lang) for split, lang in wanted if split in splits]
-            if not inside:
+            rows = {(split, lang): [] for split, lang in wanted if split in splits}
+            if not rows:
                 continue
-            archive = archives.get(name) or _download(url, Path(part) / name, task, data)
+            archive = by_name.get(name) or _download(url, Path(part) / name, task, data)
             try:
-                rows = RAW_READERS[task](archive, inside)
-            except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
+                _read_archive(archive, task, rows)
+            except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, ValueError) as error:
                 raise InputError(f'{archive}: not the whole archive that {url} holds ({error}); fetch it again') from None
             for (split, lang), pairs in rows.items():
                 if len(pairs) != TASKS[task].rows[split]:
-                    raise InputError(f'{archive}: {len(pairs)} rows for {split}-{lang}, expected {TASKS[task].rows[split]}; '
-                                     'fetch it again')
+                    raise InputError(f'{archive}: {len(pairs)} rows for {split}-{lang}, expected {TASKS[task].rows[split]}; fetch it again')
                 write_pairs(Path(part) / f'{split}-{lang}.tsv', pairs)
                 read_pairs(Path(part) / f'{split}-{lang}.tsv', task)
         for split, lang in wanted:      # only once every file is there and was read back
@@ -176,57 +161,38 @@ def _convert(data, task, wanted, archives):
 
 
 def _download(url, path, task, data):
-    """Fetch url into path with a progress bar. Raises InputError if it cannot be had whole."""
+    """Fetch url into path with a progress bar. Raises InputError if it cannot be had."""
+    import torch.hub
+    socket.setdefaulttimeout(30)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(path, 'wb') as file:
-            size = int(response.headers.get('Content-Length') or 0)
-            with tqdm(total=size or None, unit='B', unit_scale=True, desc=path.name) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        if size and path.stat().st_size != size:
-            raise OSError(f'got {path.stat().st_size} of {size} bytes')
-    except OSError as error:
+        torch.hub.download_url_to_file(url, path)
+    except (OSError, http.client.HTTPException) as error:
         raise InputError(f'{url}: {getattr(error, "reason", error)}. Fetch it by hand and give it to '
                          f'`python data.py {task} --data {data} {" ".join(TASKS[task].archives)}`; '
-                         '`python train.py --task sample` works without a network') from None
+                         '`python train.py --task sample --method rs_r` works without a network') from None
     return path
 
 
-def _pawsx_rows(archive, wanted):
-    """x-final.tar.gz: x-final/LANG/{train,dev_2k,test_2k}.tsv, with a header: id, sentence1, sentence2, label."""
-    names = {f'x-final/{lang}/{"train" if split == "train" else split + "_2k"}.tsv': (split, lang) for split, lang in wanted}
-    rows = {}
-    with tarfile.open(archive) as tar:
-        for member in tar:      # members are read by name and never extracted: no path can escape
-            if member.isfile() and member.name in names:
-                lines = tar.extractfile(member).read().decode('utf-8').split('\n')[1:]
-                rows[names[member.name]] = [line.rstrip('\r').split('\t')[1:4] for line in lines if line.strip()]
-    if len(rows) < len(wanted):
-        raise KeyError(f'no {next(name for name, key in names.items() if key not in rows)}')
-    return rows
+def _read_archive(archive, task, rows):
+    """Append to rows[split, lang] the [premise, hypothesis, label] of a public release. Each file of it has a header.
 
-
-def _xnli_rows(archive, wanted):
-    """XNLI-1.0.zip: XNLI-1.0/xnli.{dev,test}.tsv (language in column 1, gold label 2, sentences 7 and 8).
-
-    XNLI-MT-1.0.zip: XNLI-MT-1.0/multinli/multinli.train.en.tsv (premise, hypothesis, label). All with a header.
+    x-final.tar.gz: x-final/LANG/{train,dev_2k,test_2k}.tsv: id, sentence1, sentence2, label.
+    XNLI-1.0.zip: XNLI-1.0/xnli.{dev,test}.tsv: language in column 1, gold label in 2, sentences in 7 and 8.
+    XNLI-MT-1.0.zip: XNLI-MT-1.0/multinli/multinli.train.en.tsv: premise, hypothesis, label.
     """
-    names = {'train': 'XNLI-MT-1.0/multinli/multinli.train.en.tsv', 'dev': 'XNLI-1.0/xnli.dev.tsv', 'test': 'XNLI-1.0/xnli.test.tsv'}
-    rows = {key: [] for key in wanted}
-    with zipfile.ZipFile(archive) as source:
-        for split in sorted({split for split, _ in wanted}):
-            with io.TextIOWrapper(source.open(names[split]), 'utf-8', newline='\n') as lines:
-                next(lines)
-                for line in lines:
-                    cells = line.rstrip('\r\n').split('\t')
-                    lang, row = ('en', cells) if split == 'train' else (cells[0], [cells[6], cells[7], cells[1]])
-                    if (split, lang) in rows:
-                        rows[split, lang].append(row)
-    return rows
-
-
-RAW_READERS = {'pawsx': _pawsx_rows, 'xnli': _xnli_rows}
+    files = {f'x-final/{lang}/{split}{"" if split == "train" else "_2k"}.tsv': (split, lang, (1, 2, 3)) for split, lang in rows}
+    if task == 'xnli':
+        files = {'XNLI-1.0/xnli.dev.tsv': ('dev', None, (6, 7, 1)), 'XNLI-1.0/xnli.test.tsv': ('test', None, (6, 7, 1)),
+                 'XNLI-MT-1.0/multinli/multinli.train.en.tsv': ('train', 'en', (0, 1, 2))}
+    with tarfile.open(archive, 'r:gz') if task == 'pawsx' else zipfile.ZipFile(archive) as source:
+        # Read one by one and never extracted: no path in an archive can escape.
+        members, content = (source, source.extractfile) if task == 'pawsx' else (source.infolist(), source.open)
+        for member in members:
+            split, lang, columns = files.get(member.name if task == 'pawsx' else member.filename, (None, None, None))
+            for line in (content(member) or io.BytesIO()).read().decode('utf-8').split('\n')[1:] if split else ():
+                cells = line.rstrip('\r').split('\t')
+                if (split, lang or cells[0]) in rows and line.strip():
+                    rows[split, lang or cells[0]].append([cells[column] for column in columns])
 
 
 def write_pairs(path, rows):
@@ -238,43 +204,38 @@ def write_pairs(path, rows):
 # ---------------------------------------------------------------- the sample world
 
 SAMPLE_HIDDEN, SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_WORDS = 64, 30, 3, 3
-SAMPLE_ROWS = {'train': 8000, 'dev': 1000, 'test': 2000}
-SAMPLE_SCALE = 0.25                                             # of concepts around the origin, per coordinate
-SAMPLE_SPREAD = 0.05                                            # of synonyms around their concept
+SAMPLE_ROWS = {'train': 40000, 'dev': 1000, 'test': 2000}
+SAMPLE_SCALE, SAMPLE_SPREAD = 0.25, 0.05                        # of concepts around 0, of synonyms around them, per coordinate
 SAMPLE_SHIFTS = {f'x{k}': 0.05 * k for k in range(1, 7)}        # of a language's words, root mean square per coordinate
 
 
 def write_sample(data, seed=0):
     """Write DATA/sample: a world in which Eq. 1 and Figure 1 of the paper are literally true.
 
-    A concept is a random point; its synonyms lie close around it; language xk's word for an English
-    word is that word's point plus a random shift, of the same length 0.05 k sqrt(64) for every word of
-    xk. A pair is a paraphrase (synonyms exchanged) or different (one concept exchanged too). Written as
-    ordinary files: XTREME's TSVs, a neighbour file, and a BertModel checkpoint (2 layers, hidden 64)
-    whose word embeddings are these points and whose other weights are random. It has no dropout, so that
-    delta is the only noise.
+    A concept is a random point; its synonyms lie close around it; language xk's word for an English word
+    is that word's point plus a random shift of length 0.05 k sqrt(64). A pair is a paraphrase (synonyms
+    exchanged) or different (one concept exchanged too). Written as ordinary files: XTREME's TSVs, a neighbour
+    file, and a BertModel checkpoint (2 layers, hidden 64) whose word embeddings are these points, whose other
+    weights are random, and which has no dropout, so that delta is the only noise.
     """
-    rng = random.Random(seed)
-    folder = Path(data) / 'sample'
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix='sample.', dir=folder.parent))
-    try:
-        syllables = [c + v for c in 'bdfgklmnprstvz' for v in 'aeiou']
-        stems = rng.sample([a + b + 'n' for a in syllables for b in syllables], SAMPLE_CONCEPTS * SAMPLE_SYNONYMS)
-        concepts = [stems[i:i + SAMPLE_SYNONYMS] for i in range(0, len(stems), SAMPLE_SYNONYMS)]
+    rng, languages = random.Random(seed), TASKS['sample'].languages
+    syllables = [c + v for c in 'bdfgklmnprstvz' for v in 'aeiou']
+    stems = rng.sample([a + b + 'n' for a in syllables for b in syllables], SAMPLE_CONCEPTS * SAMPLE_SYNONYMS)
+    concepts = [stems[i:i + SAMPLE_SYNONYMS] for i in range(0, len(stems), SAMPLE_SYNONYMS)]
+    Path(data).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data) as part:
+        folder = Path(part) / 'sample'
+        folder.mkdir()
         neighbours = {word: [w for w in concept if w != word] for concept in concepts for word in concept}
-        (part / 'synonyms.json').write_text(json.dumps(neighbours, indent=1))
-        for split, languages in {'train': ['en'], 'dev': TASKS['sample'].languages, 'test': TASKS['sample'].languages}.items():
-            pairs = [_sample_pair(concepts, rng) for _ in range(SAMPLE_ROWS[split])]
-            for lang in languages:      # the same rows in every language: tests are parallel, as XTREME's are
-                write_pairs(part / f'{split}-{lang}.tsv',
-                            [(' '.join(_translate(w, lang) for w in a), ' '.join(_translate(w, lang) for w in b), label)
-                             for a, b, label in pairs])
-        _write_sample_encoder(part / 'model', concepts, seed)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        (folder / 'synonyms.json').write_text(json.dumps(neighbours, indent=1))
+        for split, rows in SAMPLE_ROWS.items():
+            pairs = [_sample_pair(concepts, rng) for _ in range(rows)]
+            for lang in ('en',) if split == 'train' else languages:     # row-aligned, as XTREME's tests are
+                write_pairs(folder / f'{split}-{lang}.tsv',
+                            [[' '.join(_translate(word, lang) for word in side) for side in sides] + [label] for *sides, label in pairs])
+        _write_sample_encoder(folder / 'model', concepts, seed)
+        shutil.rmtree(Path(data) / 'sample', ignore_errors=True)
+        os.replace(folder, Path(data) / 'sample')
 
 
 def _sample_pair(concepts, rng):
@@ -295,11 +256,13 @@ def _write_sample_encoder(folder, concepts, seed):
     """A tiny BertModel checkpoint with a word-level tokenizer, as `from_pretrained` reads them."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
 
+    logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(SAMPLE_CONCEPTS, 1, SAMPLE_HIDDEN, generator=generator) * SAMPLE_SCALE
-    english = (centres + SAMPLE_SPREAD * torch.randn(SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_HIDDEN, generator=generator)).flatten(0, 1)
+    around = torch.randn(SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_HIDDEN, generator=generator) * SAMPLE_SPREAD
+    english = (centres + around).flatten(0, 1)
     special, words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]'], [word for concept in concepts for word in concept]
     points = [torch.randn(len(special), SAMPLE_HIDDEN, generator=generator) * SAMPLE_SCALE, english]
     for shift in SAMPLE_SHIFTS.values():
@@ -315,7 +278,7 @@ def _write_sample_encoder(folder, concepts, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=SAMPLE_HIDDEN, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=4 * SAMPLE_HIDDEN, max_position_embeddings=64, pad_token_id=0,
+                                     intermediate_size=4 * SAMPLE_HIDDEN, initializer_range=0.07, max_position_embeddings=64, pad_token_id=0,
                                      hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     model.get_input_embeddings().weight.data.copy_(torch.cat(points))
     model.save_pretrained(folder)

@@ -117,17 +117,18 @@ def main():
     parser.add_argument('--split', choices=('test', 'dev'), default='test')
     parser.add_argument('--data', help='folder in XTREME\'s layout (default: the one the run was trained on)')
     parser.add_argument('--batch', type=int, default=64, help='pairs at once (default: %(default)s)')
-    parser.add_argument('--float32', action='store_true', help='no bfloat16, whatever the hardware')
+    parser.add_argument('--float32', action='store_true', help='no bfloat16 (default: as the run was trained)')
     args = parser.parse_args()
-    device, dtype = device_and_dtype(args.float32)
     tables = {}
     for run in args.runs:
         try:
-            trained = json.loads((Path(run) / 'results.json').read_text())['args']
+            results = json.loads((Path(run) / 'results.json').read_text())
+            trained, float32 = results['args'], results['dtype'] == 'torch.float32'
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f'{run}: no results.json of train.py in it; expected a run folder') from None
         model, tokenizer = load(run)
         task = trained['task']
+        device, dtype = device_and_dtype(args.float32 or float32)
         if tuple(model.config.id2label[i] for i in range(model.config.num_labels)) != TASKS[task].labels:
             raise InputError(f'{run}: labels {list(model.config.id2label.values())}; {task} has {list(TASKS[task].labels)}')
         tables.setdefault(task, {})[Path(run).name] = score(

@@ -39,7 +39,10 @@ def read_synonyms(path):
     for word, synonyms in neighbours.items():
         if not isinstance(synonyms, list) or not all(isinstance(synonym, str) and synonym for synonym in synonyms):
             raise InputError(f'{path}: {word!r} has {str(synonyms)[:60]}; expected a list of words')
-    return {word: synonyms for word, synonyms in neighbours.items() if synonyms}
+    neighbours = {word: synonyms for word, synonyms in neighbours.items() if synonyms}
+    if not neighbours:
+        raise InputError(f'{path}: no word in it has a neighbour; expected {{"word": ["neighbour", ...], ...}}')
+    return neighbours
 
 
 def replace(sentence, neighbours, p, rng):

@@ -18,69 +18,91 @@ import sys
 import time
 from pathlib import Path
 
-from data import PUBLIC_SYNONYMS, SYNONYMS, TASKS, InputError, describe, path_of, prepare, read_pairs
+from data import TASKS, InputError, describe, path_of, prepare, read_pairs
 
 METHODS = ('plain', 'adv', 'rs_r', 'rs_a')
-# Defaults that differ by task. XTREME: its published scripts; authors: uclanlp/Robust-XLT, which has RS-A alone.
+MBERT, NEIGHBOURS = 'bert-base-multilingual-cased', '{data}/synonyms/counterfitted_neighbors.json'
+# XTREME: its published scripts; authors: uclanlp/Robust-XLT, which has RS-A alone. The sample world's are ours.
 DEFAULTS = {
-    #                   epochs: XTREME's script, XTREME's paper, ours        RS-A counts over the augmented data: authors, authors, ours
-    'pawsx':  dict(model='bert-base-multilingual-cased', lr=2e-5, epochs=5, epochs_rs_a=3, eval_steps=200, freeze_embeddings=False),
-    'xnli':   dict(model='bert-base-multilingual-cased', lr=2e-5, epochs=2, epochs_rs_a=1, eval_steps=1000, freeze_embeddings=False),
-    'sample': dict(model=None, lr=1e-3, epochs=20, epochs_rs_a=2, eval_steps=250, freeze_embeddings=True, batch=64, warmup=0.05),
-    #                                                    dev every N steps: XTREME 200 (PAWS-X), authors 1000 (XNLI)
+    #                     pawsx       xnli        sample                         source of the first two
+    'model':             (MBERT,      MBERT,      '{data}/sample/model'),        # paper
+    'lr':                (2e-5,       2e-5,       1e-3),                         # XTREME, authors
+    'epochs':            (5,          2,          4),                            # XTREME's script, XTREME's paper
+    'epochs_rs_a':       (3,          1,          0.4),                          # authors: over the augmented data
+    'batch':             (32,         32,         64),                           # XTREME, authors: 8 x 4 accumulated
+    'warmup':            (0.0,        0.0,        0.05),                         # XTREME, authors
+    'eval_steps':        (200,        1000,       250),                          # XTREME, authors
+    'freeze_embeddings': (False,      False,      True),                         # XTREME, authors
+    'synonyms':          (NEIGHBOURS, NEIGHBOURS, '{data}/sample/synonyms.json'),  # paper: Alzantot et al.
+    'plain_steps':       (0,          0,          750),                          # paper
+    'float32':           (False,      False,      True),                         # ours
 }
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or a float, low <= value < below."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f'{text}: expected {low} or above' + f' and below {below:g}' * (below < math.inf))
+        return value
+    parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
+    return parse
 
 
 def parse_args():
     """The command line; what is not given takes the task's default."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     usage='%(prog)s --task TASK --method METHOD [options]      (all of them: --help)')
     add = parser.add_argument
+    count, positive = number(int, 1), number(float, sys.float_info.min)
+
+    def by_task(name, text, **options):
+        shown = ', '.join(f'{task} {value}' for task, value in zip(TASKS, DEFAULTS[name]))
+        if name == 'epochs':
+            shown += '; rs_a, over the augmented set: {}, {}, {}'.format(*DEFAULTS['epochs_rs_a'])
+        add('--' + name.replace('_', '-'), default=argparse.SUPPRESS, help=f'{text} (default: {shown})'.format(data='DATA'), **options)
+
     add('--task', choices=TASKS, required=True)
     add('--method', choices=METHODS, required=True)
-    add('--eps', type=float, default=0.1, help='adv, rs_r: radius of the L-inf ball (paper: one of 0.001 0.01 0.1 1.0)')
+    add('--eps', type=number(float, 0), default=0.1, help='adv, rs_r: radius of the L-inf ball (paper: one of 0.001 0.01 0.1 1.0)')
     add('--layer', type=int, default=0, help='adv, rs_r: where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last')
-    add('--adv-steps', type=int, default=1, help='adv: sign steps K of the inner maximisation')
-    add('--adv-step-size', type=float, help='adv: their size in units of eps; None: 2.5 / (K + 1)')
-    add('--m', type=int, default=10, help='rs_a: augmented copies of each pair (paper: 10)')
-    add('--p', type=float, default=0.1, help='rs_a: probability that a word is replaced (paper: 0.1)')
-    add('--synonyms', help=f'rs_a: neighbour file; None: DATA/{PUBLIC_SYNONYMS}')
-    add('--model', help='any Hugging Face encoder, by name or folder; None: bert-base-multilingual-cased')
+    add('--adv-steps', type=count, default=1, help='adv: sign steps K of the inner maximisation')
+    add('--adv-step-size', type=positive, help='adv: their size in units of eps; None: 2.5 / (K + 1)')
+    by_task('plain_steps', 'adv: begin with N steps of plain training', type=number(int, 0), metavar='N')
+    add('--m', type=count, default=10, help='rs_a: augmented copies of each pair (paper: 10)')
+    add('--p', type=number(float, 0, 1 + 1e-9), default=0.1, help='rs_a: probability that a word is replaced (paper: 0.1)')
+    by_task('synonyms', 'rs_a: neighbour file')
+    by_task('model', 'any Hugging Face encoder, by name or folder')
     add('--data', default='download', help='folder in XTREME\'s layout')
-    add('--out', help='run folder; None: runs/TASK-METHOD-EPS-SEED')
-    add('--epochs', type=float, help='passes over the training set, for rs_a over the augmented one; None: by task')
-    add('--lr', type=float, help='peak learning rate, linear decay to 0; None: 2e-5 (sample: 1e-3)')
-    add('--warmup', type=float, help='fraction of the steps with rising learning rate; None: 0, as XTREME and authors (sample: 0.05)')
-    add('--batch', type=int, help='pairs per step; None: 32 (sample: 64)')
-    add('--max-length', type=int, default=128, help='tokens per pair, at most')
-    add('--eval-steps', type=int, help='English dev accuracy every N steps; None: by task')
-    add('--max-steps', type=int, help='stop after N steps, the schedule shortened to them')
-    add('--max-train', type=int, help='train on the first N pairs only')
-    add('--freeze-embeddings', action=argparse.BooleanOptionalAction, help='keep the word embeddings as pre-trained; None: by task')
-    add('--float32', action='store_true', help='no bfloat16 autocast, whatever the hardware')
-    add('--seed', type=int, default=42)
+    add('--out', default=argparse.SUPPRESS, help='run folder (default: runs/TASK-METHOD-EPS-SEED)')
+    by_task('epochs', 'passes over the training set', type=positive)
+    by_task('lr', 'peak learning rate, linear decay to 0', type=positive)
+    by_task('warmup', 'fraction of the steps in which the learning rate rises', type=number(float, 0, 1))
+    by_task('batch', 'pairs per step', type=count)
+    add('--max-length', type=count, default=128, help='tokens per pair, at most')
+    by_task('eval_steps', 'English dev accuracy every N steps', type=count, metavar='N')
+    add('--max-steps', type=count, help='stop after N steps, the schedule shortened to them')
+    add('--max-train', type=count, help='train on the first N pairs only')
+    by_task('freeze_embeddings', 'keep the word embeddings as pre-trained', action=argparse.BooleanOptionalAction)
+    by_task('float32', 'no bfloat16 autocast, whatever the hardware', action=argparse.BooleanOptionalAction)
+    add('--seed', type=number(int, 0, 2 ** 63), default=42)
     args = parser.parse_args()
-    positive = dict(adv_steps=args.adv_steps, m=args.m, epochs=args.epochs, lr=args.lr, batch=args.batch, max_length=args.max_length,
-                    eval_steps=args.eval_steps, max_steps=args.max_steps, max_train=args.max_train)
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f'--{name.replace("_", "-")} {value}: must be above 0')
-    if not 0 <= args.eps < math.inf:
-        parser.error(f'--eps {args.eps}: must be a number, 0 or above')
-    if not 0 <= args.p <= 1 or not 0 <= (args.warmup or 0) < 1:
-        parser.error('--p and --warmup are fractions')
-    defaults = dict({'batch': 32, 'warmup': 0.0}, **DEFAULTS[args.task], synonyms=str(Path(args.data) / SYNONYMS.get(args.task, PUBLIC_SYNONYMS)))
-    defaults['epochs'] = defaults.pop('epochs_rs_a') if args.method == 'rs_a' else (defaults.pop('epochs_rs_a'), defaults['epochs'])[1]
-    defaults['model'] = defaults['model'] or str(Path(args.data) / 'sample' / 'model')
     size = f'-{args.eps:g}' if args.method in ('adv', 'rs_r') else ''
+    defaults = {name: by_task[list(TASKS).index(args.task)] for name, by_task in DEFAULTS.items()}
     defaults['out'] = f'runs/{args.task}-{args.method}{size}-seed{args.seed}'
+    epochs_rs_a = defaults.pop('epochs_rs_a')
+    if args.method == 'rs_a':
+        defaults['epochs'] = epochs_rs_a
     for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        if name not in args:
+            setattr(args, name, value.format(data=args.data) if isinstance(value, str) else value)
     return args
 
 
 args = parse_args() if __name__ == '__main__' else None     # before torch is loaded: --help and a typo answer at once
 
+import huggingface_hub  # noqa: E402
 import tokenizers       # noqa: E402
 import torch            # noqa: E402
 import transformers     # noqa: E402
@@ -151,6 +173,7 @@ def train(model, tokenizer, objective, pairs, dev, args, dtype, neighbours=None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, round(args.warmup * steps), steps)
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=16, pin_memory=model.device.type == 'cuda'))
+    plain_steps = args.plain_steps if args.method == 'adv' else 0
     best, history, seen, spent = {'dev': -1.0, 'step': 0}, [], 0, 0.0
     quiet = not sys.stderr.isatty()     # in a log file, a line every half minute
     with tqdm(total=steps * args.batch, unit='pair', desc=args.method, mininterval=30 if quiet else 0.1, dynamic_ncols=True) as bar:
@@ -159,7 +182,7 @@ def train(model, tokenizer, objective, pairs, dev, args, dtype, neighbours=None)
             batch = {name: value.to(model.device, non_blocking=True) for name, value in next(loader).items()}
             model.train()
             with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                loss = objective(model, batch)
+                loss = (robust.plain if step <= plain_steps else objective)(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -194,15 +217,21 @@ def save(model, tokenizer, out):
 
 def load_encoder(name, task, freeze_embeddings):
     """The pre-trained encoder with a new classification head, its labels named. Raises InputError if it cannot be had."""
-    labels = TASKS[task].labels
+    labels, reason, local = TASKS[task].labels, None, Path(name).exists()
     evaluate.quiet()
+    if not local:
+        try:
+            huggingface_hub.model_info(name, timeout=10)
+        except Exception as error:      # ask the hub once: without a network from_pretrained would for a minute, the cache may do
+            reason, local = error, True
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)})
+            name, num_labels=len(labels), local_files_only=local, id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)})
     except (OSError, ValueError) as error:
-        raise InputError(f'--model {name}: cannot be had ({str(error).splitlines()[0]}). Give a folder with config.json, '
-                         'model.safetensors and tokenizer.json; `python train.py --task sample` works without a download') from None
+        raise InputError(f'--model {name}: cannot be had ({str(reason or error).splitlines()[0]}). Give a folder with config.json, '
+                         'model.safetensors and tokenizer.json; `python train.py --task sample --method rs_r` needs none') from None
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     return model, tokenizer
 
@@ -245,7 +274,10 @@ def main(args):
         random.seed(args.seed)
         torch.manual_seed(args.seed)
         model, tokenizer = load_encoder(args.model, args.task, args.freeze_embeddings)
-        robust.end_of_enc(model, args.layer)
+        try:
+            robust.end_of_enc(model, args.layer)
+        except ValueError as error:
+            raise InputError(f'{args.model}: {error}') from None
         Path(args.out).mkdir(parents=True, exist_ok=True)
         results = train(model.to(device), tokenizer, objective_of(args, device), pairs[:args.max_train], dev, args, dtype, neighbours)
         model, tokenizer = evaluate.load(args.out)
