@@ -103,6 +103,16 @@ def load(folder):
         raise InputError(f'{folder}: not a Hugging Face classifier ({str(error).splitlines()[0]})') from None
 
 
+def read_results(run):
+    """The results.json of a run folder -> dict. Raises InputError."""
+    try:
+        results = json.loads((Path(run) / 'results.json').read_text())
+        _ = results['args'], results['dtype'], results['test']
+        return results
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f'{run}: no results.json of train.py in it; expected a run folder') from None
+
+
 def quiet():
     """Silence transformers' reports (a new head, tokenizer hints): one progress bar is enough."""
     logging.set_verbosity_error()
@@ -121,11 +131,8 @@ def main():
     args = parser.parse_args()
     tables = {}
     for run in args.runs:
-        try:
-            results = json.loads((Path(run) / 'results.json').read_text())
-            trained, float32 = results['args'], results['dtype'] == 'torch.float32'
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f'{run}: no results.json of train.py in it; expected a run folder') from None
+        results = read_results(run)
+        trained, float32 = results['args'], results['dtype'] == 'torch.float32'
         model, tokenizer = load(run)
         task = trained['task']
         device, dtype = device_and_dtype(args.float32 or float32)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import re
 import subprocess
@@ -12,10 +13,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from transformers import BertConfig, BertForSequenceClassification, XLMRobertaConfig, XLMRobertaForSequenceClassification, pipeline
 
 import data
+import distance
 import evaluate
 import robust
 import synonyms
@@ -476,3 +480,179 @@ def test_the_real_encoder_on_real_pairs():
             hooked = model(**batch).logits
         given = model(inputs_embeds=embedded, attention_mask=batch['attention_mask']).logits
     assert torch.equal(hooked, given) and not torch.equal(hooked, model(**batch).logits)
+
+
+# ---------------------------------------------------------------- distance.py
+
+TOY = [('a', 'x'), ('a b', 'x y')]
+
+
+def corpus(pairs):
+    return [(e.split(), f.split()) for e, f in pairs]
+
+
+def test_one_iteration_of_the_aligner_by_hand():
+    """Cells in order: x: null a | x: null a b | y: null a b; with two words |i/m - j/n| is 0 or 1/2, lambda 4."""
+    cells = distance.cells_of(corpus(TOY))
+    assert cells.link.tolist() == [[0, -1, 0], [0, 0, 0]] + [[1, j, i] for i in (0, 1) for j in (-1, 0, 1)]
+    near = 0.92 / (1 + math.exp(-2))
+    far = 0.92 - near
+    uniform = torch.full((len(cells.source),), 0.25, dtype=torch.double)
+    posterior, likelihood = distance.expect(cells, uniform, 4.0)
+    assert posterior.tolist() == pytest.approx([0.08, 0.92, 0.08, near, far, 0.08, far, near])
+    assert likelihood == pytest.approx(3 * math.log(0.25))
+    table = distance.maximise(cells, posterior, alpha=0)
+    x_of_a, y_of_a = 0.92 + near, far       # expected counts of a
+    by_cell = table[cells.entry].tolist()
+    assert by_cell[1] == by_cell[3] == pytest.approx(x_of_a / (x_of_a + y_of_a))
+    assert by_cell[0] == pytest.approx(2 / 3) and by_cell[7] == pytest.approx(near / 0.92)
+    bayes = distance.maximise(cells, posterior, alpha=0.01)[cells.entry].tolist()
+    digamma = lambda value: torch.digamma(torch.tensor(value, dtype=torch.double)).item()       # noqa: E731
+    assert bayes[1] == pytest.approx(math.exp(digamma(x_of_a + 0.01) - digamma(x_of_a + y_of_a + 0.02)))
+
+
+def random_corpus(sentences, seed=0, words=30):
+    """Sentences of distinct words and their translations, word for word, in any order."""
+    rng, pairs = random.Random(seed), []
+    for _ in range(sentences):
+        source = rng.sample(range(words), rng.randint(2, 7))
+        order = rng.sample(range(len(source)), len(source))
+        pairs.append(([f'e{w}' for w in source], [f'f{source[j]}' for j in order], {(j, i) for i, j in enumerate(order)}))
+    return pairs
+
+
+def test_likelihood_never_falls_and_the_tension_has_the_right_slope():
+    cells = distance.cells_of([(e, f) for e, f, _ in random_corpus(50)])
+    likelihoods = distance.fit(cells, iterations=15, alpha=0)[2]
+    assert len(likelihoods) == 15 and all(a < b + 1e-9 for a, b in zip(likelihoods, likelihoods[1:]))
+    posterior, _ = distance.expect(cells, torch.rand(len(cells.source), dtype=torch.double), 3.0)
+    linked = ~cells.apart.isinf()
+
+    def expected(tension):
+        return (posterior * distance.prior(cells, tension).log())[linked].sum().item()
+    words = int(cells.word[-1]) + 1
+    assert distance.tension_slope(cells, posterior, 3.0) == pytest.approx((expected(3.001) - expected(2.999)) / 0.002 / words, rel=1e-5)
+
+
+def test_a_known_dictionary_is_found_whatever_the_order():
+    pairs = random_corpus(300)
+    links = distance.align([(e, f) for e, f, _ in pairs])
+    assert [set(line) for line in links] == [truth for *_, truth in pairs]
+
+
+def test_both_directions_are_intersected(monkeypatch):
+    pairs = corpus([('a b', 'x y'), ('a', 'x')])
+    given = {'a': [[0, 0, 0], [0, 0, 1], [1, 0, 0]], 'x': [[0, 0, 0], [0, 1, 1]]}      # by first source word: sentence, j, i
+    monkeypatch.setattr(distance, 'best_links', lambda pairs: torch.tensor(given[pairs[0][0][0]]))
+    assert distance.align(pairs) == [[(0, 0)], []]
+    assert distance.align(pairs, 'union') == [[(0, 0), (0, 1), (1, 1)], [(0, 0)]]
+    assert distance.align(pairs, 'forward') == [[(0, 0), (0, 1)], [(0, 0)]] and distance.align(pairs, 'reverse') == [[(0, 0), (1, 1)], []]
+
+
+def test_empty_sides_and_long_sentences_do_no_harm():
+    links = distance.align([([], ['x']), (['a'], []), ([], []), (['.'] * 200, ['.'] * 200), (['a'], ['x'])])
+    assert links[:3] == [[], [], []] and (0, 0) in links[4]
+    assert distance.align([([], [])]) == [[]] and distance.align([([], ['x'])]) == [[]]
+
+
+def test_a_word_is_what_the_tokenizer_takes_as_one():
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([('<unk>', 0), ('▁', -2), ('▁cat', -1), ('s', -1), (',', -1), ('▁Dog', -1)], unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<unk>')
+    _, words, spans = distance.words_of(fast, ['cats, Dog', ', ,', ''], 'de')
+    assert words == [['cats', ',', 'dog'], [',', ','], []] and spans[0] == [(0, 1), (2, 2), (3, 3)]
+    assert distance.words_of(fast, ['cats Dog'], 'zh')[1] == [['cat', 's', 'dog']]
+
+
+@pytest.mark.parametrize('mean, layer', [(False, -1), (True, 1), (False, 0)])
+def test_distances_against_a_direct_computation(mean, layer, model):
+    """Padded batches of two sides against one sentence at a time, one word at a time."""
+    model.eval()
+    sides = [([{'input_ids': [2, *range(start, start + n), 3], 'attention_mask': [1] * (n + 2)} for start, n in lengths], None,
+              [[(1, 2), (3, 3)], [(1, 1)]]) for lengths in ([(5, 4), (9, 2)], [(20, 3), (12, 5)])]
+    links, expected = [[(0, 1), (1, 0)], [(0, 0)]], []
+    for k, line in enumerate(links):
+        vectors = []
+        for inputs, _, spans in sides:
+            ids = torch.tensor([inputs[k]['input_ids']])
+            hidden = model.get_input_embeddings()(ids) if layer == 0 else model.base_model(ids, output_hidden_states=True).hidden_states[layer]
+            vectors.append([hidden[0, a:b + 1].mean(0) if mean else hidden[0, b] for a, b in spans[k]])
+        expected.append(sum((vectors[0][j] - vectors[1][i]).norm().item() for j, i in line))
+    pad = types.SimpleNamespace(pad=lambda rows, return_tensors: transformers.BatchEncoding({
+        name: torch.tensor([row[name] + [1 if name == 'input_ids' else 0] * (8 - len(row[name])) for row in rows]) for name in rows[0]}))
+    sums = distance.measure(model, pad, sides, links, types.SimpleNamespace(layer=layer, mean=mean, seed=1), torch.float32, 'xx')
+    assert sums[:, 0].tolist() == pytest.approx(expected, rel=1e-5) and sums[:, 2].tolist() == [2, 1]
+
+
+def measured(world, tmp_path, monkeypatch, *flags):
+    monkeypatch.setattr(sys, 'argv', ['distance.py', '--task', 'sample', '--data', str(world), '--out', str(tmp_path / 'distance'), *flags])
+    distance.main(distance.parse_args())
+    return json.loads((tmp_path / 'distance/distances.json').read_text())['languages']
+
+
+def test_the_known_distances_of_the_sample_world_are_recovered(world, tmp_path, monkeypatch):
+    found = measured(world, tmp_path, monkeypatch, '--layer', '0')
+    values = [found[f'x{k}']['distance'] for k in range(1, 7)]
+    assert values == sorted(values)
+    for k, value in enumerate(values, 1):
+        assert value == pytest.approx(0.05 * k * 8, rel=0.02)
+        assert 0 < found[f'x{k}']['ratio'] < 1 and found[f'x{k}']['random'] > value
+    again = measured(world, tmp_path, monkeypatch, '--layer', '0', '--langs', 'x3', '--alignments', str(tmp_path / 'distance/{lang}.align'))
+    assert again['x3'] == found['x3']       # its own links, read back
+
+
+def test_standard_error_is_that_of_the_mean_over_sentences():
+    torch.manual_seed(0)
+    sums = torch.stack([torch.randn(400).double() + 5, torch.ones(400).double(), torch.ones(400).double()], 1)
+    found = distance.summary(sums, seed=0)
+    assert found['distance'] == pytest.approx(sums[:, 0].mean().item()) and found['pairs'] == 400
+    assert found['standard_error'] == pytest.approx(sums[:, 0].std().item() / 20, rel=0.1)
+
+
+def test_rank_correlation_by_hand():
+    assert distance.rank_correlation([1, 2, 3], [10, 20, 40]) == pytest.approx((1.0, 2 / 6))
+    assert distance.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4])[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
+    x = torch.arange(12.0)
+    rho, p = distance.rank_correlation(x.tolist(), (x - 5).abs().tolist())
+    assert 0.3 < p < 1 and abs(rho) < 0.4
+
+
+def test_figure_2_from_runs(world, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib', reason='the figure alone needs matplotlib')
+    for name, base in (('p1', 50), ('p2', 52), ('r1', 60)):
+        (tmp_path / name).mkdir()
+        test = {lang: base + k * (name[0] == 'r') for k, lang in enumerate(data.TASKS['sample'].languages)} | {'x6': None}
+        (tmp_path / name / 'results.json').write_text(json.dumps({'args': {}, 'dtype': '', 'test': test}))
+    measured(world, tmp_path, monkeypatch, '--layer', '0', '--max-sentences', '50', '-o', str(tmp_path / 'f.png'),
+             '--plain', str(tmp_path / 'p1'), str(tmp_path / 'p2'), '--robust', str(tmp_path / 'r1'))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-6].split()[:1] + lines[-6].split()[2:5] == ['x1', '+10.0', '+-', '1.0'] and lines[-2].split()[2] == '+14.0'
+    assert lines[-1].startswith('rank correlation of gain and distance: 1.00 (p = 0.017, 5 languages)')
+    assert (tmp_path / 'f.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('content, message', [
+    ('0-0\n', '1 lines; expected 2'), ('0-0\n1-0\n', ':2: a link beyond the 1 source and 1 target'), ('0-0\n0:0\n', ':2: expected links'),
+    ('0--1\n\n', ':1: '),
+])
+def test_broken_links_give_one_line(content, message, tmp_path):
+    (tmp_path / 'links').write_text(content)
+    with pytest.raises(data.InputError, match=message):
+        distance.read_links(tmp_path / 'links', corpus([('a b', 'x'), ('a', 'x')]))
+    (tmp_path / 'links').write_text('a b\n')
+    with pytest.raises(data.InputError, match=r':1: .*expected `source \|\|\| target`'):
+        distance.read_source_target(tmp_path / 'links')
+
+
+@real
+@pytest.mark.parametrize('name, fast_align', [('roen', 0.498), ('zhen', 0.497), ('jaen', 0.728)])
+def test_alignment_error_rate_is_that_of_fast_align(name, fast_align):
+    """AER (Och and Ney 2003) on gold alignments; fast_align's was measured on the same text with -d -o -v, intersection."""
+    links = distance.align(distance.read_source_target(SHARED / f'data/alignment/{name}.src-tgt'))
+    hits = size = 0
+    for found, line in zip(links, (SHARED / f'data/alignment/{name}.gold').read_text().splitlines(), strict=True):
+        sure, possible = ({tuple(int(n) - 1 for n in link.replace('p', '-').split('-')) for link in line.split() if mark in link}
+                          for mark in '-p')
+        hits += len(set(found) & sure) + len(set(found) & (sure | possible))
+        size += len(found) + len(sure)
+    assert 0.3 < 1 - hits / size <= fast_align + 0.01
