@@ -28,6 +28,8 @@ from data import TASKS, InputError, path_of, prepare, read_pairs
 
 P_NULL, ALPHA, ITERATIONS = 0.08, 0.01, 5       # Dyer
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
+SYMMETRIZE = {'intersection': set.intersection, 'union': set.union, 'forward': lambda forward, reverse: forward,
+              'reverse': lambda forward, reverse: reverse}
 BATCH = 64                                      # sentence pairs at once (ours)
 UNSEGMENTED = ('ja', 'th', 'zh')                # no blanks between words: each token of the encoder is a word (ours)
 
@@ -40,7 +42,7 @@ def parse_args():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--task', choices=TASKS)
     what.add_argument('--align', metavar='FILE', help='align lines of `source ||| target`, print links i-j, counted from 0')
-    add('--symmetrize', choices=('intersection', 'forward', 'reverse', 'union'), default='intersection', help='of both directions')
+    add('--symmetrize', choices=SYMMETRIZE, default='intersection', help='which links of the two directions to keep')
     add('--model', help='the pre-trained encoder, not fine-tuned; None: as train.py')
     add('--data', default='download', help='folder in XTREME\'s layout')
     add('--langs', nargs='+', metavar='LANG', help='target languages; None: all of the task')
@@ -106,9 +108,8 @@ def cells_of(pairs):
 
 
 def total(values, index, size=None):
-    """Sum `values` that share an index: (C,) -> (size,)."""
-    size = int(index.max()) + 1 if size is None and len(index) else size or 0
-    return torch.zeros(size, dtype=torch.double).index_add_(0, index, values)
+    """Sum `values` that share an index: (C,) -> (size,), by default as many as there are indices."""
+    return torch.zeros(int(index.max()) + 1 if size is None else size, dtype=torch.double).index_add_(0, index, values)
 
 
 def prior(cells, tension):
@@ -173,14 +174,23 @@ def best_links(pairs):
 
 def align(pairs, symmetrize='intersection'):
     """Align a list of (source words, target words) -> for each pair the sorted list of its links (j, i), counted from 0."""
-    forward = set() if symmetrize == 'reverse' else set(map(tuple, best_links(pairs).tolist()))
-    reverse = set()
-    if symmetrize != 'forward':
-        reverse = {(sentence, j, i) for sentence, i, j in best_links([(f, e) for e, f in pairs]).tolist()}
+    forward = set(map(tuple, best_links(pairs).tolist()))
+    reverse = {(sentence, j, i) for sentence, i, j in best_links([(f, e) for e, f in pairs]).tolist()}
     links = [[] for _ in pairs]
-    for sentence, j, i in sorted(forward & reverse if symmetrize == 'intersection' else forward | reverse):
+    for sentence, j, i in sorted(SYMMETRIZE[symmetrize](forward, reverse)):
         links[sentence].append((j, i))
     return links
+
+
+def read_lines(path, expected, pairs=None):
+    """The lines of a UTF-8 file, as many as there are pairs. Raises InputError."""
+    try:
+        lines = Path(path).read_text(encoding='utf-8').removesuffix('\n').split('\n')      # not splitlines(): words may hold U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'{path}: {getattr(error, "strerror", None) or "not UTF-8"}; expected {expected}') from None
+    if pairs is not None and len(lines) != len(pairs):
+        raise InputError(f'{path}: {len(lines)} lines; expected {len(pairs)}, one a sentence pair')
+    return lines
 
 
 def read_source_target(path):
@@ -196,11 +206,8 @@ def read_source_target(path):
 
 def read_links(path, pairs):
     """Read links i-j (Pharaoh's format, counted from 0), a line a pair -> list of lists of (j, i). They must fit the pairs."""
-    lines = read_lines(path, 'links i-j')
-    if len(lines) != len(pairs):
-        raise InputError(f'{path}: {len(lines)} lines; expected {len(pairs)}, one a sentence pair')
     links = []
-    for number, (line, (source, target)) in enumerate(zip(lines, pairs), 1):
+    for number, (line, (source, target)) in enumerate(zip(read_lines(path, 'links i-j', pairs), pairs), 1):
         try:
             links.append([(int(j), int(i)) for j, i in (link.split('-') for link in line.split())])
         except ValueError:
@@ -210,34 +217,35 @@ def read_links(path, pairs):
     return links
 
 
-def read_lines(path, expected):
-    """The lines of a UTF-8 file. Raises InputError."""
-    try:
-        return Path(path).read_text(encoding='utf-8').removesuffix('\n').split('\n')      # not splitlines(): words may hold U+2028
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}; expected {expected}') from None
-    except UnicodeDecodeError:
-        raise InputError(f'{path}: not UTF-8; expected {expected}') from None
-
-
 # ---------------------------------------------------------------- distance
 
+def translation_of(args, lang):
+    """XTREME's translate-test file: target premise and hypothesis, their English translations, label."""
+    return Path(args.translations) / f'test-{lang}-en-translated.tsv'
+
+
 def parallel(args, lang):
-    """Parallel sentences of `lang` and English, each pair once -> list of (sentence, English), and the rows left out."""
+    """Parallel sentences of `lang` and English, each pair once -> list of (sentence, English), and how many were left out."""
     if args.translations:
-        path = Path(args.translations) / f'test-{lang}-en-translated.tsv'
+        path = translation_of(args, lang)
         rows = [line.rstrip('\r').split('\t') for line in read_lines(path, 'XTREME\'s translate-test file')]
         for number, row in enumerate(rows, 1):
             if len(row) != 5:
                 raise InputError(f'{path}:{number}: {len(row)} columns; expected 5 (pair, its English translation, label)')
         pairs = [(row[k], row[k + 2]) for k in (0, 1) for row in rows]
     else:
-        target, english = (read_pairs(path_of(args.data, args.task, 'test', side), args.task) for side in (lang, 'en'))
+        path = path_of(args.data, args.task, 'test', lang)
+        target, english = (read_pairs(file, args.task) for file in (path, path_of(args.data, args.task, 'test', 'en')))
         if len(target) != len(english):
-            raise InputError(f'{path_of(args.data, args.task, "test", lang)}: {len(target)} rows, test-en has {len(english)}; expected parallel files')
+            raise InputError(f'{path}: {len(target)} rows, test-en.tsv has {len(english)}; expected parallel files')
         pairs = [(a[k], b[k]) for k in (0, 1) for a, b in zip(target, english)]
     whole = [pair for pair in dict.fromkeys(pairs) if 'NS' not in pair and all(side.strip() for side in pair)]
     return whole[:args.max_sentences], len(set(pairs)) - len(whole)
+
+
+def limit(tokenizer):
+    """Tokens of a sentence that the encoder takes; what is beyond is cut off and counted."""
+    return min(tokenizer.model_max_length, 512)
 
 
 def words_of(tokenizer, sentences, lang):
@@ -246,7 +254,7 @@ def words_of(tokenizer, sentences, lang):
     A word is what the encoder's tokenizer takes as one; punctuation stands alone, as BERT's tokenizer has it and
     SentencePiece's does not; in ja, th and zh, which have no blanks, each token is a word (ours). Lower case.
     """
-    encoded = tokenizer(sentences, truncation=True, max_length=min(tokenizer.model_max_length, 512), return_offsets_mapping=True)
+    encoded = tokenizer(sentences, truncation=True, max_length=limit(tokenizer), return_offsets_mapping=True)
     words, spans = [], []
     for number, sentence in enumerate(sentences):
         words.append([])
@@ -316,14 +324,18 @@ def distances(args):
     folder = Path(args.out or f'runs/distance-{args.task}')
     device, dtype = evaluate.device_and_dtype(args.float32)
     args.model = args.model or train.DEFAULTS['model'][list(TASKS).index(args.task)].format(data=args.data)
-    args.langs = args.langs or [lang for lang in TASKS[args.task].languages if lang != 'en']
-    prepare(args.data, args.task)
-    model, tokenizer = train.load_encoder(args.model, args.task, False)
+    known = [lang for lang in TASKS[args.task].languages if lang != 'en' and (not args.translations or translation_of(args, lang).exists())]
+    args.langs = args.langs or known
+    if not args.langs or set(args.langs) - set(known):
+        raise InputError(f'--langs {" ".join(args.langs)}: expected some of {" ".join(known) or "those with a file in " + args.translations}')
+    if not args.translations:
+        prepare(args.data, args.task)
+    model, tokenizer = train.load_encoder(args.model, args.task, layer=args.layer)
     model.to(device).eval()
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     print(f'{args.task}, layer {args.layer} of {args.model}; English: {"translations" if args.translations else "the row-aligned test file"}\n'
-          'lang distance             random  ratio     pairs sentences')
+          'lang distance             random  ratio     pairs sentences left out')
     for lang in args.langs:
         pairs, left_out = parallel(args, lang)
         sides = [words_of(tokenizer, [pair[k] for pair in pairs], name) for k, name in enumerate((lang, 'en'))]
@@ -333,9 +345,10 @@ def distances(args):
         write_lines(folder / f'{lang}.align', (' '.join(f'{j}-{i}' for j, i in line) for line in links))
         if not any(links):
             raise InputError(f'{lang}: no aligned words in {len(pairs)} sentence pairs')
-        results[lang] = {'sentences': len(pairs), 'left_out': left_out,
+        results[lang] = {'sentences': len(pairs), 'left_out': left_out, 'unlinked': sum(not line for line in links),
+                         'truncated': sum(len(row['input_ids']) >= limit(tokenizer) for side in sides for row in side[0]),
                          **summary(measure(model, tokenizer, sides, links, args, dtype, lang), args.seed)}
-        print('{:4} {distance:8.3f} +- {standard_error:.3f} {random:8.3f} {ratio:6.3f} {pairs:9,} {sentences:9,}'.format(
+        print('{:4} {distance:8.3f} +- {standard_error:.3f} {random:8.3f} {ratio:6.3f} {pairs:9,} {sentences:9,} {left_out:8,}'.format(
             lang, **results[lang]), flush=True)
     write_lines(folder / 'distances.json', [json.dumps({'args': vars(args), 'dtype': str(dtype), 'languages': results}, indent=1)])
     return results

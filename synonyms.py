@@ -110,19 +110,18 @@ def build(words, vectors, k=8, bound=0.5):
     from tqdm import tqdm
     vectors = torch.as_tensor(vectors)
     squared = vectors.square().sum(1)
-    neighbours = {word: [] for word in words}
+    near = [[] for _ in words]
     for start in tqdm(range(0, len(words), 512), desc='nearest words', unit='block'):
         block = slice(start, start + 512)
-        # |a - b|^2 = |a|^2 + |b|^2 - 2ab: one matrix product in place of a distance at a time.
-        distances = torch.addmm(squared[block, None] + squared, vectors[block], vectors.T, alpha=-2)
-        distances.diagonal(start).fill_(float('inf'))       # a word is not its own synonym
+        # |a - b|^2 = |a|^2 + |b|^2 - 2ab: a matrix product in place of a distance at a time, and each pair once.
+        distances = torch.addmm(squared[block, None] + squared[start:], vectors[block], vectors[start:].T, alpha=-2)
         # Few words are within the bound, so finding those and sorting only them beats a top-k of every row.
         row, column = (distances <= bound).nonzero(as_tuple=True)
-        near = sorted(zip(row.tolist(), distances[row, column].tolist(), column.tolist()))
-        for i, _, j in near:
-            if len(neighbours[words[start + i]]) < k:
-                neighbours[words[start + i]].append(words[j])
-    return neighbours
+        for i, j, distance in zip(row.tolist(), column.tolist(), distances[row, column].tolist()):
+            if i < j:
+                near[start + i].append((distance, start + j))
+                near[start + j].append((distance, start + i))
+    return {word: [words[j] for _, j in sorted(found)[:k]] for word, found in zip(words, near)}
 
 
 def main():

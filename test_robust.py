@@ -469,7 +469,7 @@ def test_a_script_ends_with_one_line_and_no_traceback(tmp_path):
 @real
 def test_the_real_encoder_on_real_pairs():
     """delta as a change of the embedding table is delta from the hook, dropped in at the same token."""
-    model, tokenizer = train.load_encoder(SHARED / 'models/me5-small', 'pawsx', False)
+    model, tokenizer = train.load_encoder(SHARED / 'models/me5-small', 'pawsx')
     pairs = data.read_pairs(data.path_of(SHARED / 'data', 'pawsx', 'dev', 'de'), 'pawsx')[:4]
     batch = dict(tokenizer.pad(evaluate.collate(tokenizer, pairs, 128), return_tensors='pt'))
     delta = robust.uniform_delta(model, batch, 0.1, generator())

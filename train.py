@@ -215,8 +215,8 @@ def save(model, tokenizer, out):
     shutil.rmtree(part)
 
 
-def load_encoder(name, task, freeze_embeddings):
-    """The pre-trained encoder with a new classification head, its labels named. Raises InputError if it cannot be had."""
+def load_encoder(name, task, freeze_embeddings=False, layer=0):
+    """The pre-trained encoder with a new head, its labels named. Raises InputError if it cannot be had or lacks the layer."""
     labels, reason, local = TASKS[task].labels, None, Path(name).exists()
     evaluate.quiet()
     if not local:
@@ -232,6 +232,10 @@ def load_encoder(name, task, freeze_embeddings):
     except (OSError, ValueError) as error:
         raise InputError(f'--model {name}: cannot be had ({str(reason or error).splitlines()[0]}). Give a folder with config.json, '
                          'model.safetensors and tokenizer.json; `python train.py --task sample --method rs_r` needs none') from None
+    try:
+        robust.end_of_enc(model, layer)
+    except ValueError as error:
+        raise InputError(f'{name}: {error}') from None
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     return model, tokenizer
 
@@ -273,11 +277,7 @@ def main(args):
         device, dtype = evaluate.device_and_dtype(args.float32 or args.layer != 0)     # above layer 0 noise would be rounded
         random.seed(args.seed)
         torch.manual_seed(args.seed)
-        model, tokenizer = load_encoder(args.model, args.task, args.freeze_embeddings)
-        try:
-            robust.end_of_enc(model, args.layer)
-        except ValueError as error:
-            raise InputError(f'{args.model}: {error}') from None
+        model, tokenizer = load_encoder(args.model, args.task, args.freeze_embeddings, args.layer)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         results = train(model.to(device), tokenizer, objective_of(args, device), pairs[:args.max_train], dev, args, dtype, neighbours)
         model, tokenizer = evaluate.load(args.out)
