@@ -30,7 +30,7 @@ P_NULL, ALPHA, ITERATIONS = 0.08, 0.01, 5       # Dyer
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
 SYMMETRIZE = {'intersection': set.intersection, 'union': set.union, 'forward': lambda forward, reverse: forward,
               'reverse': lambda forward, reverse: reverse}
-BATCH = 64                                      # sentence pairs at once (ours)
+BATCH, LONGEST = 64, 512                        # sentence pairs at once (ours); tokens, what is beyond is cut off and counted
 UNSEGMENTED = ('ja', 'th', 'zh')                # no blanks between words: each token of the encoder is a word (ours)
 
 
@@ -243,18 +243,13 @@ def parallel(args, lang):
     return whole[:args.max_sentences], len(set(pairs)) - len(whole)
 
 
-def limit(tokenizer):
-    """Tokens of a sentence that the encoder takes; what is beyond is cut off and counted."""
-    return min(tokenizer.model_max_length, 512)
-
-
 def words_of(tokenizer, sentences, lang):
     """Tokenise, and find the words: (inputs, words, spans), each a list over sentences; a span is a word's first and last token.
 
     A word is what the encoder's tokenizer takes as one; punctuation stands alone, as BERT's tokenizer has it and
     SentencePiece's does not; in ja, th and zh, which have no blanks, each token is a word (ours). Lower case.
     """
-    encoded = tokenizer(sentences, truncation=True, max_length=limit(tokenizer), return_offsets_mapping=True)
+    encoded = tokenizer(sentences, truncation=True, max_length=LONGEST, return_offsets_mapping=True)
     words, spans = [], []
     for number, sentence in enumerate(sentences):
         words.append([])
@@ -346,7 +341,7 @@ def distances(args):
         if not any(links):
             raise InputError(f'{lang}: no aligned words in {len(pairs)} sentence pairs')
         results[lang] = {'sentences': len(pairs), 'left_out': left_out, 'unlinked': sum(not line for line in links),
-                         'truncated': sum(len(row['input_ids']) >= limit(tokenizer) for side in sides for row in side[0]),
+                         'truncated': sum(len(row['input_ids']) >= LONGEST for side in sides for row in side[0]),
                          **summary(measure(model, tokenizer, sides, links, args, dtype, lang), args.seed)}
         print('{:4} {distance:8.3f} +- {standard_error:.3f} {random:8.3f} {ratio:6.3f} {pairs:9,} {sentences:9,} {left_out:8,}'.format(
             lang, **results[lang]), flush=True)

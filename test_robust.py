@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -269,13 +270,17 @@ def test_a_broken_archive_gives_one_line_and_leaves_nothing(tmp_path, small_rele
     assert '\n' not in str(error.value) and not list((tmp_path / 'D' / 'pawsx').iterdir())
 
 
-def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+def test_fetches_what_is_missing_or_says_what_to_do(tmp_path, monkeypatch, small_release):
     url = (tmp_path / 'x-final.tar.gz').as_uri()        # no such file
     monkeypatch.setitem(data.TASKS, 'pawsx', data.TASKS['pawsx']._replace(archives={'x-final.tar.gz': (url, {'train', 'dev', 'test'})}))
     with pytest.raises(data.InputError, match='Fetch it by hand.*--task sample'):
         data.prepare(tmp_path / 'D', 'pawsx')
     with pytest.raises(data.InputError, match='not an archive of pawsx; expected x-final.tar.gz'):
         data.prepare(tmp_path / 'D', 'pawsx', ['paws.zip'])
+    pawsx_archive(tmp_path / 'x-final.tar.gz')
+    data.prepare(tmp_path / 'D', 'pawsx')
+    assert len(data.read_pairs(tmp_path / 'D/pawsx/train-en.tsv', 'pawsx')) == 2 and not (tmp_path / 'D/pawsx/dev-de.tsv').exists()
+    assert not [path for path in (tmp_path / 'D').rglob('*') if path.suffix not in ('.tsv', '')]
 
 
 @real
@@ -459,6 +464,15 @@ def test_what_is_missing_gives_one_line_and_leaves_nothing(flags, message, run, 
     with pytest.raises(data.InputError, match=message) as error:
         run('a', *flags)
     assert '\n' not in str(error.value) and not (tmp_path / 'a').exists()
+
+
+def test_a_broken_test_file_shows_before_the_training(world, run, tmp_path):
+    shutil.copytree(world, tmp_path / 'D')
+    with open(tmp_path / 'D/sample/test-x3.tsv', 'a') as file:
+        file.write('one column\n')
+    with pytest.raises(data.InputError, match='test-x3.tsv:2001: 1 columns'):
+        run('a', '--method', 'plain', '--data', str(tmp_path / 'D'))
+    assert not (tmp_path / 'a').exists()
 
 
 def test_a_script_ends_with_one_line_and_no_traceback(tmp_path):

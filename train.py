@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import random
 import shutil
 import sys
 import time
@@ -274,8 +273,9 @@ def main(args):
             if rows[0].label is None:
                 raise InputError(f'{path}: no labels; training needs them')
             print(describe(path, rows), file=sys.stderr)
+        for lang in TASKS[args.task].languages:     # a broken test file shows now, not after the training
+            read_pairs(path_of(args.data, args.task, 'test', lang), args.task)
         device, dtype = evaluate.device_and_dtype(args.float32 or args.layer != 0)     # above layer 0 noise would be rounded
-        random.seed(args.seed)
         torch.manual_seed(args.seed)
         model, tokenizer = load_encoder(args.model, args.task, args.freeze_embeddings, args.layer)
         Path(args.out).mkdir(parents=True, exist_ok=True)
