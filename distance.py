@@ -278,13 +278,11 @@ def vectors(model, tokenizer, side, chosen, layer, mean):
     handle = robust.end_of_enc(model, layer).register_forward_hook(lambda module, _, output: states.append(output.float()))
     model.base_model(**tokenizer.pad([inputs[k] for k in chosen], return_tensors='pt').to(model.device))
     handle.remove()
-    row = torch.tensor([b for b, k in enumerate(chosen) for _ in spans[k]], device=model.device)
-    first, last = torch.tensor([span for k in chosen for span in spans[k]], device=model.device).reshape(-1, 2).T
-    begins = torch.tensor([0] + [len(spans[k]) for k in chosen]).cumsum(0)[:-1].tolist()
-    if not mean:
-        return states[0][row, last], begins
-    summed = torch.nn.functional.pad(states[0].double().cumsum(1), (0, 0, 1, 0))
-    return ((summed[row, last + 1] - summed[row, first]) / (last + 1 - first)[:, None]).float(), begins
+    begins = [0, *itertools.accumulate(len(spans[k]) for k in chosen)]
+    tokens = torch.tensor([(b, at, begins[b] + w) for b, k in enumerate(chosen) for w, (first, last) in enumerate(spans[k])
+                           for at in (range(first, last + 1) if mean else (last,))], device=model.device)
+    summed = torch.zeros(begins[-1], states[0].shape[-1], device=model.device).index_add_(0, tokens[:, 2], states[0][tokens[:, 0], tokens[:, 1]])
+    return summed / tokens[:, 2].bincount(minlength=begins[-1])[:, None], begins
 
 
 @torch.inference_mode()
@@ -416,7 +414,7 @@ def main(args):
         rho, p = rank_correlation([results[lang]['distance'] for lang in found], [gain for gain, _ in found.values()])
         print(f'rank correlation of gain and distance: {rho:.2f} (p = {p:.3f}, {len(found)} languages)')
         if args.output:
-            figure(found, results, args.output, f'{args.task}: {" ".join(args.robust)} against {" ".join(args.plain)}')
+            figure(found, results, args.output, f'{args.task}: {evaluate.read_results(args.robust[0])["args"].get("method")} against plain')
 
 
 if __name__ == '__main__':

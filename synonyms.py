@@ -145,7 +145,9 @@ def main():
         for copy in range(args.m):
             print(f'{copy + 1:4}  {augment(Pair(args.show, "", None), neighbours, args.p, args.seed, copy).premise}')
         return
-    neighbours = build(*read_vectors(args.file), args.k, args.bound)
+    words, vectors = read_vectors(args.file)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    neighbours = build(words, vectors, args.k, args.bound)
     part = f'{args.output}.part'
     Path(part).write_text(json.dumps(neighbours, ensure_ascii=False), encoding='utf-8')
     os.replace(part, args.output)
