@@ -8,7 +8,7 @@ The distance of a language is the mean Euclidean distance of aligned words of pa
 Cao et al. (2020). The words are aligned by the reparameterised IBM Model 2 of Dyer, Chahuneau, Smith
 (2013), "Dyer" below, written here in torch: for the i-th of m target words and the j-th of n source words
 
-    p(a_i = 0) = P_NULL,  p(a_i = j) = (1 - P_NULL) exp(-lambda |i/m - j/n|) / Z(i, m, n)     (Dyer, eq. 2)
+    p(a_i = 0) = P_NULL,  p(a_i = j) = (1 - P_NULL) exp(-lambda |i/m - j/n|) / Z(i, m, n)     (Dyer, section 2)
     p(f_i, a_i = j) = p(a_i = j) t(f_i | e_j)
 
 The folder holds distances.json and, for each language, LANG.src-tgt (the words) and LANG.align (the links).
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from data import TASKS, InputError, path_of, prepare, read_pairs
 
-P_NULL, ALPHA, ITERATIONS = 0.08, 0.01, 5       # Dyer
+P_NULL, ALPHA, ITERATIONS = 0.08, 0.01, 5       # Dyer, and the defaults of fast_align
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
 SYMMETRIZE = {'intersection': set.intersection, 'union': set.union, 'forward': lambda forward, reverse: forward,
               'reverse': lambda forward, reverse: reverse}
@@ -113,7 +113,7 @@ def total(values, index, size=None):
 
 
 def prior(cells, tension):
-    """p(a_i = j) of each cell (Dyer, eq. 2): (C,)."""
+    """p(a_i = j) of each cell (Dyer, section 2): (C,)."""
     near = torch.exp(-tension * cells.apart)            # 0 for the null word
     return torch.where(cells.apart.isinf(), P_NULL, (1 - P_NULL) * near / total(near, cells.word)[cells.word].clamp(min=1e-300))
 
@@ -126,7 +126,7 @@ def expect(cells, table, tension):
 
 
 def maximise(cells, posterior, alpha=ALPHA):
-    """The M step: t(f | e) from expected counts, (E,). alpha > 0: variational Bayes with a Dirichlet(alpha) prior (Dyer, 2.3)."""
+    """The M step: t(f | e) from expected counts, (E,). alpha > 0: variational Bayes with a Dirichlet(alpha) prior (Dyer)."""
     counts = total(posterior, cells.entry)
     if not alpha:
         return counts / total(counts, cells.source)[cells.source].clamp(min=1e-300)
@@ -135,7 +135,7 @@ def maximise(cells, posterior, alpha=ALPHA):
 
 
 def tension_slope(cells, posterior, tension):
-    """The derivative in lambda of the expected log prior, a target word on average (Dyer, 2.2). A float."""
+    """The derivative in lambda of the expected log prior, a target word on average (Dyer). A float."""
     linked = ~cells.apart.isinf()
     word, apart, posterior = cells.word[linked], cells.apart[linked], posterior[linked]
     if not len(word):
