@@ -10,6 +10,7 @@ premise TAB hypothesis TAB label. XTREME's script strips the test labels; what i
 
 import argparse
 import csv
+import hashlib
 import http.client
 import io
 import json
@@ -112,6 +113,12 @@ def describe(path, pairs):
     placeholders = sum('NS' in (pair.premise, pair.hypothesis) for pair in pairs)
     return (f'{path}: {len(pairs):,} pairs' + '; no labels: cannot be scored' * (pairs[0].label is None)
             + f'; {placeholders} rows with a placeholder NS, kept' * (placeholders > 0))
+
+
+def digests(data, task):
+    """The files that a run reads, name -> the first 16 digits of its SHA-256: they tell whether two runs saw the same data."""
+    names = ['train-en.tsv', 'dev-en.tsv', *(f'test-{lang}.tsv' for lang in TASKS[task].languages)]
+    return {name: hashlib.sha256((Path(data) / task / name).read_bytes()).hexdigest()[:16] for name in names}
 
 
 # ---------------------------------------------------------------- fetching

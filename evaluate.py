@@ -14,10 +14,12 @@ import os
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
+import robust
 from data import TASKS, InputError, path_of, read_pairs
 
 
@@ -56,25 +58,30 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     return predicted
 
 
-def accuracy(predicted, pairs):
-    """Accuracy in percent, or None where the pairs have no labels."""
+def marks(predicted, pairs):
+    """'1' for each pair that is right and '0' for each that is wrong, as one string; None where the pairs have no labels."""
     if any(pair.label is None for pair in pairs):
         return None
-    return 100 * sum(p == pair.label for p, pair in zip(predicted.tolist(), pairs)) / len(pairs)
+    return ''.join('01'[p == pair.label] for p, pair in zip(predicted.tolist(), pairs, strict=True))
 
 
-def score(model, tokenizer, task, data, out, *, split='test', **options):
-    """Predict every language's SPLIT file, write out/TASK/SPLIT-LANG.tsv -> dict, language -> accuracy or None."""
+def accuracy(marks):
+    """Accuracy in percent of `marks`, or None."""
+    return marks and 100 * marks.count('1') / len(marks)
+
+
+def score(model, tokenizer, task, data, out, *, split='test', max_eval=None, **options):
+    """Predict every language's SPLIT file, write out/TASK/SPLIT-LANG.tsv -> dict, language -> marks or None."""
     folder = Path(out) / task
     folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     for lang in TASKS[task].languages:
-        pairs = read_pairs(path_of(data, task, split, lang), task)
+        pairs = read_pairs(path_of(data, task, split, lang), task)[:max_eval]
         predicted = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
         part = folder / f'{split}-{lang}.tsv.part'
         part.write_text(''.join(f'{TASKS[task].labels[i]}\n' for i in predicted))
         os.replace(part, folder / f'{split}-{lang}.tsv')
-        scores[lang] = accuracy(predicted, pairs)
+        scores[lang] = marks(predicted, pairs)
     return scores
 
 
@@ -94,6 +101,31 @@ def table(rows):
     return '\n'.join(lines)
 
 
+def load_encoder(name, task, freeze_embeddings=False, layer=0):
+    """The pre-trained encoder with a new head, its labels named. Raises InputError if it cannot be had or lacks the layer."""
+    labels, reason, local = TASKS[task].labels, None, Path(name).exists()
+    quiet()
+    if not local:
+        try:
+            huggingface_hub.model_info(name, timeout=10)
+        except Exception as error:      # ask the hub once: without a network from_pretrained would for a minute, the cache may do
+            reason, local = error, True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=len(labels), local_files_only=local, id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)})
+    except (OSError, ValueError) as error:
+        raise InputError(f'--model {name}: cannot be had ({str(reason or error).splitlines()[0]}). Give a folder with config.json, '
+                         'model.safetensors and tokenizer.json; `python train.py --task sample --method rs_r` needs none') from None
+    try:
+        robust.end_of_enc(model, layer)
+    except ValueError as error:
+        raise InputError(f'{name}: {error}') from None
+    model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
+    return model, tokenizer
+
+
 def load(folder):
     """A sequence classifier and its tokenizer from a Hugging Face folder or name. Raises InputError."""
     quiet()
@@ -111,6 +143,18 @@ def read_results(run):
         return results
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f'{run}: no results.json of train.py in it; expected a run folder') from None
+
+
+def write_results(run, results):
+    """Write RUN/results.json beside, then move it in."""
+    part = Path(run) / 'results.json.part'
+    part.write_text(json.dumps(results, indent=1))
+    os.replace(part, Path(run) / 'results.json')
+
+
+def report(runs):
+    """Print the tables of runs."""
+    print(table({Path(run).name: read_results(run)['test'] for run in runs}))
 
 
 def quiet():

@@ -25,6 +25,8 @@ stream whatever the method: with eps = 0, `adv` and `rs_r` are `plain` to the la
 """
 
 import contextlib
+import functools
+import random
 
 import torch
 
@@ -118,3 +120,29 @@ def end_of_enc(model, layer):
         raise ValueError(f'--layer {layer}: the encoder has layers 1 to {len(layers)} (or -1 to -{len(layers)}); '
                          '0 is the word embeddings')
     return layers[layer - 1] if layer > 0 else layers[layer]
+
+
+class Objective(torch.nn.Module):
+    """The loss of a method as a module, (batch, step) -> scalar: it may run the model more than once a call.
+
+    `args` is train.py's command line. `rank` tells the processes of one run apart.
+    """
+
+    def __init__(self, model, args, rank=0):
+        super().__init__()
+        self.model, self.args, self.rank = model, args, rank
+        self.noise = torch.Generator(model.device)
+        noise = dict(eps=args.eps, layer=args.layer, generator=self.noise)
+        self.loss = {
+            'plain': plain,
+            'adv': functools.partial(adv, steps=args.adv_steps, step_size=args.adv_step_size, **noise),
+            'rs_r': functools.partial(rs_r, **noise),
+            'rs_a': rs_a,
+        }[args.method]
+
+    def forward(self, batch, step):
+        """The loss of a step. Its draws follow from (seed, step, rank) alone: a resumed run needs no generator's state."""
+        for name, manual_seed in (('dropout', torch.manual_seed), ('delta', self.noise.manual_seed)):
+            manual_seed(random.Random(f'{self.args.seed} {step} {self.rank} {name}').getrandbits(32))
+        begin = self.args.method == 'adv' and step <= self.args.plain_steps
+        return (plain if begin else self.loss)(self.model, batch)

@@ -48,6 +48,7 @@ def read_synonyms(path):
 def replace(sentence, neighbours, p, rng):
     """x -> x': each word that has synonyms becomes one of them, uniformly, with probability p (3.2).
 
+    p None: uniform over itself and its k synonyms, that is with probability k / (k + 1) (authors' code).
     Several words of a sentence may change (paper). Words are found whatever their case and the
     punctuation around them, and the synonym takes on the case (ours; the authors' code splits at
     blanks and compares exactly, which misses 14-15% of the words).
@@ -55,13 +56,20 @@ def replace(sentence, neighbours, p, rng):
     def substitute(match):
         word = match.group()
         synonyms = neighbours.get(word) or neighbours.get(word.lower())
-        if not synonyms or rng.random() >= p:
+        if not synonyms or rng.random() >= (len(synonyms) / (len(synonyms) + 1) if p is None else p):
             return word
         synonym = synonyms[int(rng.random() * len(synonyms))]
         if word.isupper() and len(word) > 1:
             return synonym.upper()
         return synonym[0].upper() + synonym[1:] if word[0].isupper() else synonym
     return WORD.sub(substitute, sentence)
+
+
+def english_only(neighbours, pairs):
+    """Only those neighbours that occur, in any case, in the English pairs (ours): the public file holds Spanish words too."""
+    known = {word.lower() for pair in pairs for side in pair[:2] for word in WORD.findall(side)}
+    kept = {word: [synonym for synonym in synonyms if synonym.lower() in known] for word, synonyms in neighbours.items()}
+    return {word: synonyms for word, synonyms in kept.items() if synonyms}
 
 
 def augment(pair, neighbours, p, seed, copy):
