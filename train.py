@@ -411,7 +411,7 @@ def main(args):
             except (OSError, safetensors.SafetensorError) as error:
                 raise InputError(f'{args.out}: cannot be written ({error}); the same command goes on from the last dev evaluation') from None
     if rank == 0:
-        evaluate.report([run.out for run in runs])
+        evaluate.report([evaluate.Run(run.out) for run in runs])
     if world > 1:
         dist.destroy_process_group()
 
