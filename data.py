@@ -9,11 +9,13 @@ premise TAB hypothesis TAB label. XTREME's script strips the test labels; what i
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -57,6 +59,28 @@ TASKS = {
                  {'train': 392702, 'dev': 2490, 'test': 5010}),
     'sample': Task(('en', 'x1', 'x2', 'x3', 'x4', 'x5', 'x6'), ('different', 'paraphrase')),
 }
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or a float, low <= value < below."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f'{text}: expected {low} or above' + f' and below {below:g}' * (below < math.inf))
+        return value
+    parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
+    return parse
+
+
+@contextlib.contextmanager
+def written(path):
+    """Write beside, then rename: yields the path to write to. The file is whole or as it was, whatever happens."""
+    part = Path(path).with_name(f'{Path(path).stem}.part{Path(path).suffix}')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- reading
@@ -117,8 +141,8 @@ def describe(path, pairs):
 
 def digests(data, task):
     """The files that a run reads, name -> the first 16 digits of its SHA-256: they tell whether two runs saw the same data."""
-    names = ['train-en.tsv', 'dev-en.tsv', *(f'test-{lang}.tsv' for lang in TASKS[task].languages)]
-    return {name: hashlib.sha256((Path(data) / task / name).read_bytes()).hexdigest()[:16] for name in names}
+    paths = [path_of(data, task, split, lang) for split, lang in [('train', 'en'), ('dev', 'en'), *(('test', l) for l in TASKS[task].languages)]]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path.exists()}
 
 
 # ---------------------------------------------------------------- fetching

@@ -18,13 +18,12 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from data import TASKS, InputError, path_of, prepare, read_pairs
+from data import TASKS, InputError, path_of, prepare, read_pairs, written
 
 P_NULL, ALPHA, ITERATIONS = 0.08, 0.01, 5       # Dyer, and the defaults of fast_align
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
@@ -323,7 +322,7 @@ def distances(args):
         raise InputError(f'--langs {" ".join(args.langs)}: expected some of {" ".join(known) or "those with a file in " + args.translations}')
     if not args.translations:
         prepare(args.data, args.task)
-    model, tokenizer = train.load_encoder(args.model, args.task, layer=args.layer)
+    model, tokenizer = evaluate.load_encoder(args.model, args.task, layer=args.layer)
     model.to(device).eval()
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -348,10 +347,9 @@ def distances(args):
 
 
 def write_lines(path, lines):
-    """Write beside, then rename."""
-    part = Path(f'{path}.part')
-    part.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
-    os.replace(part, path)
+    """Write lines as UTF-8."""
+    with written(path) as part:
+        part.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
 
 
 # ---------------------------------------------------------------- Figure 2
@@ -394,9 +392,7 @@ def figure(found, results, path, title):
     axes.set_xticks(range(len(found)), [f'{lang}\n{results[lang]["distance"]:.2f}' for lang in found])
     axes.set_xlabel('language and its distance from English')
     axes.axhline(0, color='black', linewidth=0.8)
-    part = Path(path).with_name('part.' + Path(path).name)
-    drawing.savefig(part)
-    os.replace(part, path)
+    evaluate.save_picture(drawing, path)
 
 
 def main(args):

@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from data import TASKS, InputError, digests, path_of, read_pairs
+from data import TASKS, InputError, digests, number, path_of, read_pairs, written
 
 # Tables 1 and 2 of the paper, in the order of TASKS' languages; mBERT*: Hu et al. (2020). What follows XTREME's languages is its average.
 PAPER = {
@@ -48,17 +48,17 @@ def parse_args():
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--split', choices=('test', 'dev'), default='test')
     what.add_argument('--generalized', action='store_true', help='premise in one language, hypothesis in another: all pairs of languages')
-    what.add_argument('--smooth', type=int, metavar='N', help='majority over N noisy passes')
+    what.add_argument('--smooth', type=number(int, 1), metavar='N', help='majority over N noisy passes')
     what.add_argument('--regions', action='store_true', help='accuracy against the radius of random noise and of a PGD attack')
     add('--task', choices=TASKS, help='of a classifier that train.py did not make')
     add('--data', help='folder in XTREME\'s layout; scores anew (default: what the run was trained on, scored once)')
-    add('--eps', type=float, help='--smooth: radius of the noise (default: the one of the training)')
-    add('--radii', type=float, nargs='+', default=RADII, help='--regions (default: %(default)s)')
-    add('--steps', type=int, default=10, help='--regions: sign steps of the attack (default: %(default)s)')
-    add('--max-eval', type=int, help='the first N pairs of each file only (default: as the run)')
+    add('--eps', type=number(float, 0), help='--smooth: radius of the noise (default: the one of the training)')
+    add('--radii', type=number(float, 0), nargs='+', default=RADII, help='--regions (default: %(default)s)')
+    add('--steps', type=number(int, 0), default=10, help='--regions: sign steps of the attack (default: %(default)s)')
+    add('--max-eval', type=number(int, 1), help='the first N pairs of each file only (default: as the run)')
     add('--langs', nargs='+', help='--regions, --generalized: these languages only')
-    add('--seed', type=int, default=42, help='of the noise (default: %(default)s)')
-    add('--batch', type=int, default=64, help='pairs at once (default: %(default)s)')
+    add('--seed', type=number(int, 0, 2 ** 63), default=42, help='of the noise (default: %(default)s)')
+    add('--batch', type=number(int, 1), default=64, help='pairs at once (default: %(default)s)')
     add('--float32', action='store_true', help='no bfloat16 (default: as the run was trained)')
     add('-o', '--output', metavar='FILE', help='--regions: a picture, .png or .svg')
     return parser.parse_args()
@@ -68,6 +68,7 @@ command = parse_args() if __name__ == '__main__' else None      # before torch i
 
 import huggingface_hub  # noqa: E402
 import torch            # noqa: E402
+from safetensors import SafetensorError     # noqa: E402
 from tqdm import tqdm   # noqa: E402
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging     # noqa: E402
 
@@ -118,6 +119,8 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
                     noise = robust.perturbed(model, delta(inputs, labels), layer)
                 with noise, torch.inference_mode():
                     logits = model(**inputs).logits
+                if not logits.isfinite().all():
+                    raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; try a smaller --lr or --eps, or --float32')
                 votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
             predicted[chosen] = votes.argmax(-1).cpu()
     return predicted
@@ -158,9 +161,8 @@ def score(model, tokenizer, task, data, out, *, split='test', max_eval=None, eps
     for lang in TASKS[task].languages:
         pairs = read_as(model, task, data, split, lang, max_eval)
         predicted = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
-        part = folder / f'{split}-{lang}.tsv.part'
-        part.write_text(''.join(f'{model.config.id2label[i]}\n'.lower() for i in predicted.tolist()))
-        os.replace(part, folder / f'{split}-{lang}.tsv')
+        with written(folder / f'{split}-{lang}.tsv') as part:
+            part.write_text(''.join(f'{model.config.id2label[i]}\n'.lower() for i in predicted.tolist()))
         found[lang] = marks(predicted, pairs)
     return found
 
@@ -208,6 +210,8 @@ def regions(model, tokenizer, task, data, *, langs, radii, steps, layer, seed, m
 
 # ---------------------------------------------------------------- models and run folders
 
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)     # what from_pretrained raises on broken files
+
 def load_encoder(name, task, freeze_embeddings=False, layer=0):
     """The pre-trained encoder with a new head, its labels named. Raises InputError if it cannot be had or lacks the layer."""
     labels, reason, local = TASKS[task].labels, None, Path(name).exists()
@@ -222,7 +226,7 @@ def load_encoder(name, task, freeze_embeddings=False, layer=0):
         model = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=len(labels), local_files_only=local, id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)})
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f'--model {name}: cannot be had ({str(reason or error).splitlines()[0]}). Give a folder with config.json, '
                          'model.safetensors and tokenizer.json; `python train.py --task sample --method rs_r` needs none') from None
     try:
@@ -238,7 +242,7 @@ def load(folder):
     quiet()
     try:
         return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f'{folder}: not a Hugging Face classifier ({str(error).splitlines()[0]})') from None
 
 
@@ -260,10 +264,9 @@ def read_results(run):
 
 
 def write_results(run, results):
-    """Write RUN/results.json beside, then move it in."""
-    part = Path(run) / 'results.json.part'
-    part.write_text(json.dumps(results, indent=1))
-    os.replace(part, Path(run) / 'results.json')
+    """Write RUN/results.json."""
+    with written(Path(run) / 'results.json') as part:
+        part.write_text(json.dumps(results, indent=1))
 
 
 class Run:
@@ -474,9 +477,16 @@ def picture(runs, found, path):
     drawing.supxlabel('radius')
     drawing.supylabel('accuracy (%)')
     drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
-    part = Path(path).with_name('part.' + Path(path).name)
-    drawing.savefig(part)
-    os.replace(part, path)
+    save_picture(drawing, path)
+
+
+def save_picture(drawing, path):
+    """Write a matplotlib figure. Raises InputError where the ending of `path` is no picture's."""
+    try:
+        with written(path) as part:
+            drawing.savefig(part, dpi=150)
+    except ValueError as error:
+        raise InputError(f'{path}: {error}') from None
 
 
 def main(args):

@@ -9,13 +9,12 @@ words within a squared Euclidean distance of 0.5 in counter-fitted GloVe vectors
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
 from pathlib import Path
 
-from data import InputError, Pair
+from data import InputError, Pair, written
 
 # A word with its inner apostrophes and hyphens; what surrounds it (blanks, punctuation) is never touched.
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -156,9 +155,8 @@ def main():
     words, vectors = read_vectors(args.file)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     neighbours = build(words, vectors, args.k, args.bound)
-    part = f'{args.output}.part'
-    Path(part).write_text(json.dumps(neighbours, ensure_ascii=False), encoding='utf-8')
-    os.replace(part, args.output)
+    with written(args.output) as part:
+        part.write_text(json.dumps(neighbours, ensure_ascii=False), encoding='utf-8')
     print(f'{args.output}: {len(neighbours):,} words, {sum(map(bool, neighbours.values())):,} with neighbours', file=sys.stderr)
 
 

@@ -1,8 +1,10 @@
 """Tests of what the code claims, against hand computation, closed forms and the library it rests on."""
 
 import io
+import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -192,7 +194,7 @@ def test_labels(tmp_path):
     assert data.describe('F', data.read_pairs(xnli, 'xnli')) == 'F: 3 pairs; 1 rows with a placeholder NS, kept'
     pairs = data.read_pairs(write(tmp_path / 'bare.tsv', b'a\tb\nc\td\n'), 'pawsx')
     assert [pair.label for pair in pairs] == [None, None]
-    assert evaluate.accuracy(torch.tensor([0, 0]), pairs) is None
+    assert evaluate.marks(torch.tensor([0, 0]), pairs) is None and evaluate.accuracy(None) is None
 
 
 @pytest.mark.parametrize('content, message', [
@@ -359,7 +361,7 @@ def run(world, tmp_path, monkeypatch, capsys):
 
 def score(run, monkeypatch, capsys, *flags):
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(run), *flags])
-    evaluate.main()
+    evaluate.main(evaluate.parse_args())
     return capsys.readouterr().out
 
 
@@ -377,11 +379,11 @@ def test_the_claim_of_the_paper_in_the_sample_world(run, monkeypatch, capsys):
     assert targets(rs_r) > targets(plain) + 5 and rs_r['test']['en'] > 90
 
     assert plain['dev'] == max(h['dev'] for h in plain['history']) and plain['step'] in (500, 1000)
-    assert plain['args']['seed'] == plain['seed'] == 42 and plain['args']['eps'] == 0.1 and 'torch' in plain['versions']
+    assert plain['args']['seed'] == plain['seed'] == 42 and plain['args']['eps'] is None and 'torch' in plain['versions']
     assert plain['pairs_per_second'] > 0 and plain['peak_memory_gib'] > 0 and plain['wall_seconds'] > 0
-    row = printed.splitlines()[-1]
-    assert row.split() == ['plain'] + [f'{score:.1f}' for score in plain['test'].values()] + [f'{sum(plain["test"].values()) / 7:.1f}']
-    assert score(folder, monkeypatch, capsys).splitlines()[-1] == row        # evaluate.py finds the same
+    name, *cells = printed.splitlines()[-1].split()
+    assert name == 'plain' and [float(cell) for cell in cells] == pytest.approx([*plain['test'].values(), sum(plain['test'].values()) / 7], abs=0.051)
+    assert score(folder, monkeypatch, capsys) == printed        # evaluate.py finds the same
     files_hold_what_their_users_expect(folder, plain)
 
 
@@ -407,6 +409,134 @@ def test_a_language_without_labels_is_predicted_but_not_scored(run, world, tmp_p
     known = [float(s) for s in scores[:2] + scores[3:7]]
     assert float(scores[7]) == pytest.approx(sum(known) / 6, abs=0.06)
     assert len((folder / 'predictions/sample/test-x2.tsv').read_text().splitlines()) == 50
+    assert json.loads((folder / 'results.json').read_text())['test']['x2'] is None
+    matrix = score(folder, monkeypatch, capsys, '--generalized', '--data', str(tmp_path / 'D')).splitlines()
+    assert '(42 pairs)' in matrix[0] and [row.split()[3] for row in matrix[2:]].count('-') == 1      # x2-x2; with another its labels serve
+
+
+def test_generalized_pairs_two_languages_and_leaves_out_rows_whose_labels_differ(tmp_path, monkeypatch):
+    rows = {'en': [('a', 'b', '1'), ('c', 'd', '0')], 'de': [('A', 'B', '1'), ('C', 'NS', '1')], 'ja': [('x', 'y'), ('z', 'w')]}
+    (tmp_path / 'pawsx').mkdir()
+    for lang, pairs in rows.items():
+        data.write_pairs(data.path_of(tmp_path, 'pawsx', 'test', lang), pairs)
+    seen = {}
+    monkeypatch.setattr(evaluate, 'predict', lambda model, tokenizer, pairs, desc: seen.setdefault(desc, pairs) and torch.ones(len(pairs)))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(id2label={0: '0', 1: '1'}))
+    found = evaluate.generalized(model, None, 'pawsx', tmp_path, langs=['en', 'de', 'ja'])
+    assert seen['en-de'] == [('a', 'B', 1)] and seen['de-en'] == [('A', 'b', 1)] and seen['ja-en'] == [('x', 'b', 1), ('z', 'd', 0)]
+    assert found['en'] == {'en': 50.0, 'de': 100.0, 'ja': 50.0} and found['de']['de'] == 100.0 and found['ja']['ja'] is None
+
+
+def test_of_several_passes_the_majority_counts(world):
+    class Votes:        # of three passes over two pairs
+        device, answers = torch.device('cpu'), [[0, 1], [2, 1], [2, 0]]
+
+        def eval(self):
+            self.left = [torch.nn.functional.one_hot(torch.tensor(answer), 3).float() for answer in self.answers]
+
+        def __call__(self, **inputs):
+            return types.SimpleNamespace(logits=self.left.pop(0))
+    tokenizer = evaluate.AutoTokenizer.from_pretrained(world / 'sample/model')
+    assert evaluate.predict(Votes(), tokenizer, [data.Pair('bokin', 'bokin', 0)] * 2, passes=3).tolist() == [2, 1]
+
+
+def test_smoothing_with_no_noise_changes_nothing_and_with_much_noise_all(run, monkeypatch, capsys):
+    folder, results, _ = run('a', '--method', 'rs_r', '--max-steps', '400', '--eval-steps', '400', '--max-eval', '300')
+    plain = [f'{value:.1f}' for value in results['test'].values()]
+    assert results['test']['en'] > 60
+    assert score(folder, monkeypatch, capsys, '--smooth', '3', '--eps', '0').splitlines()[-1].split()[1:-1] == plain
+    noisy = score(folder, monkeypatch, capsys, '--smooth', '3', '--eps', '30').splitlines()[-1].split()[1:-1]
+    assert noisy != plain and float(noisy[0]) < 60
+
+
+def test_any_classifier_with_the_labels_in_any_order_is_scored_rightly(run, tmp_path, world, monkeypatch, capsys):
+    folder, results, _ = run('a', '--method', 'plain', '--max-steps', '300', '--eval-steps', '300', '--max-eval', '200')
+    model, tokenizer = evaluate.load(folder)
+    with torch.no_grad():
+        for p in (model.classifier.weight, model.classifier.bias):
+            p.copy_(p.flip(0))
+    model.config.id2label, model.config.label2id = {0: 'PARAPHRASE', 1: 'Different'}, {'PARAPHRASE': 0, 'Different': 1}
+    model.save_pretrained(tmp_path / 'other')
+    tokenizer.save_pretrained(tmp_path / 'other')
+    flags = '--task', 'sample', '--data', str(world), '--max-eval', '200', '--float32'
+    row = score(tmp_path / 'other', monkeypatch, capsys, *flags).splitlines()[-1].split()
+    assert row[0] == 'other' and row[1:-1] == [f'{value:.1f}' for value in results['test'].values()]
+    assert results['test']['en'] > 55
+    assert (tmp_path / 'other/predictions/sample/test-x1.tsv').read_text() == (folder / 'predictions/sample/test-x1.tsv').read_text()
+    with pytest.raises(data.InputError, match='labels paraphrase, different; xnli has contradiction'):
+        score(tmp_path / 'other', monkeypatch, capsys, '--task', 'xnli', '--data', str(world))
+
+
+def made(folder, method, eps, seed, marks, dev=50.0, dev_marks=None, **args):
+    """A run folder as train.py writes it, with these marks in all languages of the sample world (or a dict of them)."""
+    langs = data.TASKS['sample'].languages
+    by_lang = marks if isinstance(marks, dict) else dict.fromkeys(langs, marks)
+    results = {'dev': dev, 'dtype': 'torch.float32', 'files': {}, 'test_marks': by_lang, 'test': {k: evaluate.accuracy(v) for k, v in by_lang.items()},
+               'args': {'task': 'sample', 'method': method, 'eps': eps, 'seed': seed, 'layer': 0, 'm': 10, 'p': 0.1, 'epochs': 4.0, 'max_length': 128,
+                        'max_eval': None, 'max_steps': 7, 'data': 'D', 'adv_steps': 1, **args}}
+    if dev_marks:
+        results['dev_marks'] = {'settings': {}, 'found': dict(dict.fromkeys(langs, '1'), **dev_marks)}
+    folder.mkdir(exist_ok=True)
+    evaluate.write_results(folder, results)
+    return evaluate.Run(folder)
+
+
+def rows_of(runs):
+    rows, notes = evaluate.comparison(runs)
+    return {name.strip(): cells for name, cells in rows}, notes
+
+
+def test_the_table_of_four_runs_by_hand(tmp_path):
+    """Accuracies of two seeds each: plain 50 and 25 -> 37.5, sd 17.7; rs_r 75 and 100 -> 87.5."""
+    runs = [made(tmp_path / 'p1', 'plain', None, 1, '1100'), made(tmp_path / 'p2', 'plain', None, 2, '1000'),
+            made(tmp_path / 'r1', 'rs_r', 0.1, 1, '1110'), made(tmp_path / 'r2', 'rs_r', 0.1, 2, '1111')]
+    rows, notes = rows_of(runs)
+    assert list(rows) == ['plain', 'sd of 2 seeds', 'rs_r 0.1', 'minus plain', '95% from', 'to'] and not notes
+    assert rows['plain'] == ['37.5'] * 8 and rows['rs_r 0.1'] == ['87.5'] * 8 and rows['sd of 2 seeds'] == ['17.7'] * 8
+    assert rows['minus plain'] == ['+50.0'] * 8
+
+
+def test_eps_is_chosen_by_english_dev_and_by_the_oracle_on_each_languages_dev(tmp_path):
+    flip = {'x6': '0'}
+    runs = [made(tmp_path / 'p', 'plain', None, 1, '10'),
+            made(tmp_path / 'a', 'adv', 0.01, 1, '1110', dev=70, dev_marks={'x6': '0'}), made(tmp_path / 'b', 'adv', 0.01, 2, '1110', dev=60, dev_marks=flip),
+            made(tmp_path / 'c', 'adv', 1.0, 1, '0011', dev=69, dev_marks={'x1': '0'}), made(tmp_path / 'd', 'adv', 1.0, 2, '0011', dev=59, dev_marks={'x1': '0'})]
+    runs[0] = made(tmp_path / 'p', 'plain', None, 1, '1100')
+    rows, notes = rows_of(runs)
+    assert 'adv 0.01' in rows and 'adv 1' not in rows and rows['adv 0.01'] == ['75.0'] * 8
+    assert rows['oracle eps'] == ['75.0'] * 6 + ['50.0', f'{(6 * 75 + 50) / 7:.1f}']       # x6 prefers 1.0; of equals the smaller
+    assert notes == ['adv: eps by English dev, mean over seeds: 0.01 65.0 (n=2), 1 64.0 (n=2)']
+
+
+def test_runs_that_do_not_belong_together_are_told_apart(tmp_path, capsys):
+    runs = [made(tmp_path / 'a', 'plain', None, 1, '10'), made(tmp_path / 'b', 'plain', None, 2, '10', max_steps=9),
+            made(tmp_path / 'c', 'rs_a', None, 1, '11', epochs=3.0), made(tmp_path / 'd', 'rs_a', None, 1, '01', replace='authors', epochs=3.0),
+            made(tmp_path / 'e', 'adv', 0.1, 1, '01', adv_steps=3)]
+    assert [[run.name for run in group] for group in evaluate.groups_of(runs)] == [['a', 'e', 'c', 'd'], ['b']]
+    assert list(evaluate.by_variant(runs)) == ['plain', 'adv', 'rs_a replace=None', 'rs_a replace=authors']
+    evaluate.report(runs, markdown=True)
+    printed = capsys.readouterr().out
+    assert 'sample, test accuracy in percent, max_steps=7\n|  | en |' in printed and ', max_steps=9\n' in printed
+
+
+def test_rows_of_the_paper_have_the_averages_that_it_prints():
+    for task, table in evaluate.PAPER.items():
+        for row in table.values():
+            *scores, average = map(float, row.split())
+            assert len(scores) == len(data.TASKS[task].languages) and sum(scores) / len(scores) == pytest.approx(average, abs=0.051)
+
+
+def test_the_interval_is_that_of_a_mean_over_items_with_seeds_together():
+    g = generator()
+    plain = (torch.rand(3, 2000, 2, generator=g) < 0.5).double()
+    ours = (torch.rand(3, 2000, 2, generator=g) < 0.6).double()
+    difference, low, high = evaluate.interval(ours, plain)
+    items = 100 * (ours.mean(0) - plain.mean(0))
+    items = torch.cat([items, items.mean(1, keepdim=True)], 1)
+    assert torch.allclose(difference, items.mean(0))
+    half = 1.96 * items.std(0) / 2000 ** 0.5
+    assert torch.allclose(high - difference, half, rtol=0.12) and torch.allclose(difference - low, half, rtol=0.12)
+    assert high[2] - low[2] < 0.8 * (high[0] - low[0])      # two independent languages: narrower by a root of two
 
 
 def test_eps_0_trains_to_the_weights_of_plain_and_a_seed_to_the_same_weights(run):
@@ -426,66 +556,281 @@ def test_a_finished_run_is_kept(run):
     written = (folder / 'model.safetensors').stat().st_mtime_ns
     _, again, printed_again = run('a', '--method', 'plain', '--max-steps', '2')
     assert again == results and printed_again == printed and (folder / 'model.safetensors').stat().st_mtime_ns == written
-    with pytest.raises(data.InputError, match=r'other arguments \(max_steps, method\)'):
+    with pytest.raises(data.InputError, match=r'other arguments \(eps, max_steps, method\)'):
         run('a', '--method', 'adv', '--max-steps', '3')
 
 
 def test_batches_hold_every_pair_once_an_epoch(world):
     pairs = [data.Pair('bokin ' * (i % 7 + 1), 'bokin', i % 2) for i in range(100)]
     tokenizer = evaluate.AutoTokenizer.from_pretrained(world / 'sample/model')
-    args = types.SimpleNamespace(seed=1, batch=16, max_length=128, m=10, p=0.1)
+    args = types.SimpleNamespace(seed=1, batch=16, max_length=128, m=10, p=0.1, replace='paper')
     for neighbours, rows in ((None, 100), ({'bokin': ['x']}, 1000)):
-        batches, lengths, labels = iter(train.Batches(pairs, tokenizer, args, neighbours)), [], []
+        batches, lengths, labels, seen = iter(train.Batches(pairs, tokenizer, args, neighbours)), [], [], []
         while len(labels) < rows:
-            batch = next(batches)
+            batch, weight, which = next(batches)
+            seen += which
+            assert weight == 1 and [i % 2 for i in which] == batch['labels'].tolist()
             lengths += batch['attention_mask'].sum(1).tolist()
             labels += batch['labels'].tolist()
             of_like_length = batch['attention_mask'].sum(1)
             assert batch['input_ids'].shape[1] == of_like_length.max() <= of_like_length.min() + 2      # padded no further
+        assert sorted(seen) == sorted(list(range(100)) * (rows // 100))
         assert sorted(lengths) == sorted([i % 7 + 1 + 4 for i in range(100)] * (rows // 100)) and sum(labels) == rows // 2
 
 
-@pytest.mark.parametrize('flags, message', [
-    (['--eps', 'nan'], 'argument --eps: nan: expected 0 or above'), (['--eps', '-1'], 'expected one argument|expected 0 or above'),
-    (['--batch', '0'], 'argument --batch: 0: expected 1 or above'), (['--p', '1.1'], 'argument --p'), (['--task', 'mnli'], 'invalid choice'),
-])
-def test_a_wrong_flag_gives_one_line(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['train.py', '--task', 'pawsx', '--method', 'adv', *flags])
-    with pytest.raises(SystemExit) as error:
-        train.parse_args()
-    usage, line = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and re.search(message, line)
+# ---------------------------------------------------------------- nothing lost
+
+@pytest.fixture(scope='session')
+def dropping(world, tmp_path_factory):
+    """The sample world's encoder, with dropout."""
+    folder = tmp_path_factory.mktemp('dropping')
+    model = transformers.BertModel.from_pretrained(world / 'sample/model', hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    model.save_pretrained(folder)
+    evaluate.AutoTokenizer.from_pretrained(world / 'sample/model').save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize('flags, message', [
-    (['--method', 'rs_a', '--synonyms', 'nowhere.json'], 'nowhere.json: No such file or directory. RS-A needs a neighbour file'),
-    (['--method', 'rs_r', '--layer', '3'], '--layer 3: the encoder has layers 1 to 2'),
-    (['--method', 'plain', '--model', 'nowhere'], '--model nowhere: cannot be had.*--task sample'),
-])
-def test_what_is_missing_gives_one_line_and_leaves_nothing(flags, message, run, tmp_path):
-    with pytest.raises(data.InputError, match=message) as error:
-        run('a', *flags)
-    assert '\n' not in str(error.value) and not (tmp_path / 'a').exists()
+# As `python train.py FLAGS`, but the state is written at each dev evaluation, and after it the process may be killed.
+KILLED = """
+import os, signal, sys, train
+train.STATE_SECONDS, kill_at, keep = -1, int(sys.argv.pop(1)), train.keep
+def killing(*args):
+    if kill_at > 0 and args[5]['at'] == kill_at:
+        train.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)        # between the state and the checkpoint, if it is the best
+    keep(*args)
+    if args[5]['at'] == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.keep = killing
+train.main(train.parse_args())
+"""
 
 
-def test_a_broken_test_file_shows_before_the_training(world, run, tmp_path):
-    shutil.copytree(world, tmp_path / 'D')
-    with open(tmp_path / 'D/sample/test-x3.tsv', 'a') as file:
-        file.write('one column\n')
-    with pytest.raises(data.InputError, match='test-x3.tsv:2001: 1 columns'):
-        run('a', '--method', 'plain', '--data', str(tmp_path / 'D'))
+@pytest.mark.parametrize('method', ['rs_r', 'rs_a'])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, world, dropping, tmp_path):
+    def go(name, kill_at=0):
+        flags = ['--task', 'sample', '--method', method, '--data', world, '--model', dropping, '--out', tmp_path / name, '--max-steps', '60',
+                 '--eval-steps', '10', '--max-eval', '60', '--max-train', '700', '--lr', '3e-3', '--no-freeze-embeddings']
+        ended = subprocess.run([sys.executable, '-c', KILLED, str(kill_at), *flags], cwd=HERE, capture_output=True, text=True)
+        assert ended.returncode == (-9 if kill_at else 0), ended.stderr
+        return ended.stderr
+    go('whole')
+    for kill_at in (10, 30):
+        go('killed', kill_at)
+        assert train.state_of(json_args(tmp_path / 'killed/state.safetensors')) == 'to be resumed'
+    assert 'goes on after step 30' in go('killed')
+    whole, killed = ((tmp_path / name / 'model.safetensors').read_bytes() for name in ('whole', 'killed'))
+    assert whole == killed
+    whole, killed = (json.loads((tmp_path / name / 'results.json').read_text()) for name in ('whole', 'killed'))
+    assert whole['history'] == killed['history'] and whole['test_marks'] == killed['test_marks'] and len({h['dev'] for h in whole['history']}) > 1
+    assert sorted(path.name for path in (tmp_path / 'killed').iterdir()) == sorted(path.name for path in (tmp_path / 'whole').iterdir())
+
+
+def json_args(state):
+    with train.safetensors.safe_open(state, 'pt') as file:
+        return types.SimpleNamespace(**json.loads(file.metadata()['args']))
+
+
+def test_a_resumed_run_goes_on_with_the_same_batches(world):
+    pairs = [data.Pair('bokin ' * (i % 7 + 1), 'bokin', i % 2) for i in range(1100)]
+    tokenizer = evaluate.AutoTokenizer.from_pretrained(world / 'sample/model')
+    args = types.SimpleNamespace(seed=1, batch=16, max_length=128, m=1, p=0.1, replace='paper')
+    whole = itertools.islice(iter(train.Batches(pairs, tokenizer, args)), 150)       # pools of 64 and 5 batches, twice
+    rows = [which for _, _, which in whole]
+    for start in (0, 1, 63, 64, 65, 69, 70, 140):
+        rest = itertools.islice(iter(train.Batches(pairs, tokenizer, args, start=start)), 150 - start)
+        assert [which for _, _, which in rest] == rows[start:]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
+    forward = robust.Objective.forward
+    monkeypatch.setattr(robust.Objective, 'forward', lambda self, batch, step: forward(self, batch, step) * (math.nan if step >= 4 else 1))
+    with pytest.raises(data.InputError, match=r'step 4: the loss is nan; try .* Its batch: lines (\d+ ){64}of train-en.tsv. '
+                                              r'The best checkpoint so far, of step 2, stays in ') as error:
+        run('a', '--method', 'plain', '--max-steps', '8', '--eval-steps', '2')
+    assert '\n' not in str(error.value) and all(p.isfinite().all() for p in evaluate.load(tmp_path / 'a')[0].parameters())
+    monkeypatch.undo()
+
+
+def test_weights_that_explode_are_never_kept(run, tmp_path):
+    with pytest.raises(data.InputError, match='not finite'):
+        run('a', '--method', 'plain', '--max-steps', '8', '--eval-steps', '1', '--lr', '1e30')
     assert not (tmp_path / 'a').exists()
+
+
+def test_a_full_disk_gives_one_line_and_the_state_before_stays(run, tmp_path, monkeypatch):
+    flags = ['--method', 'plain', '--max-steps', '6', '--eval-steps', '2', '--max-eval', '100']
+    save_file, full = train.safetensors.torch.save_file, []
+    monkeypatch.setattr(train, 'STATE_SECONDS', -1)
+
+    def save(tensors, path, metadata):
+        if full.append(path) or len(full) > 1:
+            path.write_bytes(b'half')
+            raise train.safetensors.SafetensorError('I/O error: No space left on device')
+        save_file(tensors, path, metadata)
+    monkeypatch.setattr(train.safetensors.torch, 'save_file', save)
+    with pytest.raises(data.InputError, match='cannot be written .*No space left.*the same command goes on'):
+        run('a', *flags)
+    assert not list(tmp_path.rglob('*part*'))
+    monkeypatch.setattr(train.safetensors.torch, 'save_file', save_file)
+    _, resumed, _ = run('a', *flags)
+    _, whole, _ = run('b', *flags)
+    assert resumed['history'] == whole['history'] and not (tmp_path / 'a/state.safetensors').exists()
+
+
+# As `python train.py FLAGS`, but the gradients of each step are kept: GRADIENTS.N, by the first process.
+GRADIENTS = """
+import os, sys, safetensors.torch, torch, train
+path, clip, steps = sys.argv.pop(1), torch.nn.utils.clip_grad_norm_, []
+def keeping(parameters, norm):
+    parameters = list(parameters)
+    if train.rank_and_world()[0] == 0:
+        safetensors.torch.save_file({str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}, f'{path}.{len(steps)}')
+    steps.append(clip(parameters, norm))
+torch.nn.utils.clip_grad_norm_ = keeping
+train.main(train.parse_args())
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(world, tmp_path):
+    """Batches of 15 of 20 pairs: shares of 8 and 7, then of 3 and 2."""
+    (tmp_path / 'spy.py').write_text(GRADIENTS)
+    flags = ['--task', 'sample', '--method', 'plain', '--data', world, '--max-steps', '2', '--max-train', '20', '--batch', '15', '--max-eval', '30',
+             '--warmup', '0', '--lr', '1e-6']
+    environment = {**os.environ, 'PYTHONPATH': str(HERE), 'OMP_NUM_THREADS': '1'}
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29517']
+    for name, command in (('one', [sys.executable]), ('two', torchrun)):
+        ended = subprocess.run([*command, tmp_path / 'spy.py', tmp_path / name, *flags, '--out', tmp_path / f'run {name}'], env=environment,
+                               capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count('plain') == 1 and (tmp_path / f'run {name}/model.safetensors').exists()       # one process writes
+    for step in (0, 1):
+        one, two = (train.safetensors.torch.load_file(tmp_path / f'{name}.{step}') for name in ('one', 'two'))
+        assert one.keys() == two.keys() and max(g.abs().max() for g in one.values()) > 1e-3
+        for name in one:
+            assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-6)
+    assert json.loads((tmp_path / 'run two/results.json').read_text())['processes'] == 2
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.fixture(scope='session')
+def small(world, tmp_path_factory):
+    """The sample world cut to 30 rows a file, and in it a finished run."""
+    folder = tmp_path_factory.mktemp('small')
+    shutil.copytree(world / 'sample', folder / 'D/sample')
+    for path in (folder / 'D/sample').glob('*.tsv'):
+        path.write_bytes(b'\r\n'.join(path.read_bytes().split(b'\r\n')[:30]) + b'\r\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['train.py', '--task', 'sample', '--method', 'plain', '--data', str(folder / 'D'), '--out', str(folder / 'run'),
+                                    '--max-steps', '1'])
+        train.main(train.parse_args())
+    return folder
+
+
+def change(path, old, new):
+    """Replace bytes of a file, once; `old` None: the whole file."""
+    content = Path(path).read_bytes() if old is not None else b''
+    assert old is None or old in content
+    Path(path).write_bytes(new if old is None else content.replace(old, new, 1))
+
+
+TRAIN = 'train --task sample --data D --out new --max-steps 1 --method '
+BAD = [     # the command, what is broken before it (file, old, new), what its one line says
+    *[(f'{TRAIN}{flags}', [], f'argument {flags.split()[-2]}: .*({expected})') for flags, expected in {
+        'adv --eps -1': 'expected 0 or above|expected at least one', 'adv --eps nan': 'nan: expected 0', 'adv --eps x': 'invalid float',
+        'plain --batch 0': 'expected 1', 'plain --batch 1.5': 'invalid int', 'rs_a --p 1.1': 'below 1', 'rs_a --m 0': 'expected 1',
+        'rs_a --replace both': 'invalid choice', 'plain --lr 0': 'or above', 'plain --lr inf': 'or above', 'plain --epochs 0': 'or above',
+        'plain --warmup 1': 'below 1', 'plain --seed -1': 'expected', 'plain --max-length 0': 'expected 1', 'adv --adv-steps 0': 'expected 1',
+        'adv --adv-step-size 0': 'or above', 'plain --eval-steps 0': 'expected 1', 'plain --task mnli': 'invalid choice'}.items()],
+    ('train --task sample', [], 'required: --method'),
+    (TRAIN + 'foo', [], 'invalid choice'),
+    (TRAIN + 'plain --layer 3', [], '--layer 3: the encoder has layers 1 to 2'),
+    (TRAIN + 'plain --model nowhere', [], 'nowhere: cannot be had.*--task sample'),
+    (TRAIN + 'plain --model run', [('run/model.safetensors', None, b'half')], '--model run: cannot be had'),
+    (TRAIN + 'plain --model run', [('run/config.json', None, b'{')], '--model run: cannot be had'),
+    (TRAIN + 'rs_a --synonyms nowhere.json', [], 'nowhere.json: No such file or directory. RS-A needs a neighbour file'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'cat dog')], 's.json: not JSON'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'\xff\xfe')], 's.json: not JSON'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'["cat"]')], 's.json: a JSON list; expected an object'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": [1, 2]}')], "s.json: 'cat' has .1, 2.; expected a list of words"),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": []}')], 's.json: no word in it has a neighbour'),
+    (TRAIN + 'plain', [('D/sample/train-en.tsv', None, b'a\tb\n')], 'train-en.tsv: no labels; training needs them'),
+    (TRAIN + 'plain', [('D/sample/train-en.tsv', None, b'')], 'train-en.tsv: empty'),
+    (TRAIN + 'plain', [('D/sample/dev-en.tsv', b'paraphrase', b'maybe')], r"dev-en.tsv:\d+: label 'maybe'; expected one of different, paraphrase"),
+    (TRAIN + 'plain', [('D/sample/test-x3.tsv', b'\t', b' ')], 'test-x3.tsv:1: 2 columns|test-x3.tsv:2: 3 columns'),
+    (TRAIN + 'plain', [('D/sample/test-x6.tsv', b'\n', b'\xff\n')], 'test-x6.tsv:1: byte .* is not UTF-8|label'),
+    (TRAIN.replace('new', 'run') + 'adv', [], 'run: holds a run with other arguments .eps, method'),
+    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, b'{')], 'run: no results.json of train.py'),
+    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/state.safetensors', None, b'half')], 'state.safetensors: not a state'),
+    (TRAIN.replace('new', 'run/config.json') + 'plain', [], 'config.json: cannot be written|Not a directory|exists'),
+    ('evaluate nowhere', [], 'nowhere: no results.json of train.py in it'),
+    ('evaluate run', [('run/results.json', None, b'[]')], 'run: no results.json'),
+    ('evaluate run', [('run/results.json', b'"method"', b'"mode"')], 'run: no results.json'),
+    ('evaluate run --split dev', [('run/model.safetensors', None, b'half')], 'run: not a Hugging Face classifier'),
+    ('evaluate run --split dev --data nowhere', [], 'dev-en.tsv: No such file'),
+    ('evaluate run --smooth 3', [], 'run: plain has no eps of its own; say --eps'),
+    ('evaluate run --smooth 0', [], 'argument --smooth: 0: expected 1'),
+    ('evaluate run --regions --radii -1', [], 'argument --radii'),
+    ('evaluate run --regions --langs en de', [], 'sample has en x1'),
+    ('evaluate D/sample/model --task xnli', [], 'labels .*; xnli has contradiction'),
+    ('evaluate s.json --task sample', [('s.json', None, b'')], 's.json: not a Hugging Face classifier'),
+    ('evaluate run --data D', [('run/config.json', b'"1": "paraphrase"', b'"1": "other"')], 'run: labels different, other; sample has'),
+    ('distance --task sample --data D --out new --langs de', [], '--langs de: expected some of x1'),
+    ('distance --task sample --data D --out new --layer 9', [], '--layer 9'),
+    ('distance --task sample --data D --out new --layer 0 --langs x1 --alignments links', [('links', None, b'0-0\n')], 'links: 1 lines; expected 59'),
+    ('distance --task sample --data D --out new --layer 0 --langs x1 --alignments links', [('links', None, b'0-99\n' * 59)], 'links:1: a link beyond'),
+    ('distance --task sample --data D --out new --layer 0 --langs x1 --alignments links', [('links', None, b'0:0\n' * 59)], 'links:1: expected links i-j'),
+    ('distance --task sample --data D --out new --translations D', [], '--translations D|expected some of|those with a file'),
+    ('distance --task sample --data D --plain run', [], '--plain and --robust go together'),
+    ('distance --align nowhere', [], 'nowhere: No such file'),
+    ('distance --align text', [('text', None, b'a b ||| c\na b\n')], 'text:2: 0 times'),
+    ('distance --task sample --data D --out new --langs x1', [('D/sample/test-x1.tsv', b'\r\n', b'\r\na\tb\tdifferent\r\n')], 'test-x1.tsv: 31 rows'),
+    ('synonyms nowhere -o s.json', [], 'nowhere: No such file'),
+    ('synonyms v.txt -o s.json', [('v.txt', None, b'a 1 2\nb 1\n')], 'v.txt:2: 1 numbers'),
+    ('synonyms v.txt -o s.json', [('v.txt', None, b'a 1 nan\n')], 'v.txt:1: a number that is not finite'),
+    ('synonyms v.txt -o s.json', [('v.txt', None, b'a 1 x\n')], 'v.txt:1: '),
+    ('synonyms v.txt -o s.json', [('v.txt', None, b'')], 'v.txt: empty'),
+    ('synonyms v.txt -o s.json', [('v.txt', None, b'a \xff\n')], 'v.txt: not UTF-8'),
+    ('synonyms nowhere --show cat', [], 'nowhere: No such file'),
+    ('data pawsx x.zip --data D', [('x.zip', None, b'')], 'x.zip: not an archive of pawsx'),
+    ('data pawsx x-final.tar.gz --data D', [('x-final.tar.gz', None, b'<html>')], 'not the whole archive.*fetch it again'),
+    ('data mnli', [], 'invalid choice'),
+]
+
+
+@pytest.mark.parametrize('command, broken, message', BAD, ids=range(len(BAD)))
+def test_bad_input_gives_one_line_and_leaves_nothing(command, broken, message, small, tmp_path, monkeypatch, capsys):
+    for name in ('D', 'run'):
+        shutil.copytree(small / name, tmp_path / name)
+    for path, old, new in broken:
+        (tmp_path / path).unlink() if new is None else change(tmp_path / path, old, new)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path for path in tmp_path.rglob('*') if path.is_file())
+    script, *flags = command.split()
+    monkeypatch.setattr(sys, 'argv', [f'{script}.py', *flags])
+    script = {'train': train, 'evaluate': evaluate, 'distance': distance, 'synonyms': synonyms, 'data': data}[script]
+    with pytest.raises(SystemExit) as error:
+        script.main(script.parse_args()) if hasattr(script, 'parse_args') else script.main()
+    if isinstance(error.value, data.InputError):
+        line = str(error.value)
+    else:       # argparse
+        assert error.value.code == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert '\n' not in line and re.search(message, line), line
+    left = [path for path in tmp_path.rglob('*') if path.is_file() and path not in before and not path.name.endswith(('.src-tgt', '.align'))]
+    assert not left
 
 
 def test_a_script_ends_with_one_line_and_no_traceback(tmp_path):
     ended = subprocess.run([sys.executable, HERE / 'evaluate.py', tmp_path], capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr == f'{tmp_path}: no results.json of train.py in it; expected a run folder\n'
+    assert ended.returncode == 1
+    assert ended.stderr == f'{tmp_path}: no results.json of train.py in it; expected a run folder, or --task for another classifier\n'
 
 
 @real
 def test_the_real_encoder_on_real_pairs():
     """delta as a change of the embedding table is delta from the hook, dropped in at the same token."""
-    model, tokenizer = train.load_encoder(SHARED / 'models/me5-small', 'pawsx')
+    model, tokenizer = evaluate.load_encoder(SHARED / 'models/me5-small', 'pawsx')
     pairs = data.read_pairs(data.path_of(SHARED / 'data', 'pawsx', 'dev', 'de'), 'pawsx')[:4]
     batch = dict(tokenizer.pad(evaluate.collate(tokenizer, pairs, 128), return_tensors='pt'))
     delta = robust.uniform_delta(model, batch, 0.1, generator())
@@ -638,7 +983,7 @@ def test_figure_2_from_runs(world, tmp_path, monkeypatch, capsys):
     for name, base in (('p1', 50), ('p2', 52), ('r1', 60)):
         (tmp_path / name).mkdir()
         test = {lang: base + k * (name[0] == 'r') for k, lang in enumerate(data.TASKS['sample'].languages)} | {'x6': None}
-        (tmp_path / name / 'results.json').write_text(json.dumps({'args': {}, 'dtype': '', 'test': test}))
+        (tmp_path / name / 'results.json').write_text(json.dumps({'args': {'task': 'sample', 'method': 'rs_r'}, 'dtype': '', 'test': test, 'test_marks': {}}))
     measured(world, tmp_path, monkeypatch, '--layer', '0', '--max-sentences', '50', '-o', str(tmp_path / 'f.png'),
              '--plain', str(tmp_path / 'p1'), str(tmp_path / 'p2'), '--robust', str(tmp_path / 'r1'))
     lines = capsys.readouterr().out.splitlines()

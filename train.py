@@ -10,18 +10,21 @@ torchrun --nproc_per_node N train.py ...
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import json
 import math
 import os
 import platform
+import random
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from data import TASKS, InputError, describe, digests, path_of, prepare, read_pairs
+from data import TASKS, InputError, describe, digests, number, path_of, prepare, read_pairs, written
 
 METHODS = ('plain', 'adv', 'rs_r', 'rs_a')
 MBERT, NEIGHBOURS = 'bert-base-multilingual-cased', '{data}/synonyms/counterfitted_neighbors.json'
@@ -40,17 +43,6 @@ DEFAULTS = {
     'plain_steps':       (0,          0,          750),                          # paper
     'float32':           (False,      False,      True),                         # ours
 }
-
-
-def number(kind, low, below=math.inf):
-    """An argparse type: an int or a float, low <= value < below."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f'{text}: expected {low} or above' + f' and below {below:g}' * (below < math.inf))
-        return value
-    parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
-    return parse
 
 
 def parse_args():
@@ -276,14 +268,13 @@ def keep(model, tokenizer, optimizer, dev, loss, progress, args, dtype, last):
 
 
 def save_state(model, optimizer, progress, args):
-    """Write trained weights, AdamW's moments and the progress as one file, beside, then move it in."""
+    """Write trained weights, AdamW's moments and the progress as one file."""
     tensors = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             tensors |= {f'weight {name}': p.detach()} | {f'{key} {name}': value for key, value in optimizer.state[p].items()}
-    part = Path(args.out) / (STATE + '.part')
-    safetensors.torch.save_file(tensors, part, {'progress': json.dumps(progress), 'args': json.dumps(vars(args))})
-    os.replace(part, Path(args.out) / STATE)
+    with written(Path(args.out) / STATE) as part:
+        safetensors.torch.save_file(tensors, part, {'progress': json.dumps(progress), 'args': json.dumps(vars(args))})
 
 
 def load_state(model, tokenizer, optimizer, args):
@@ -310,11 +301,13 @@ def load_state(model, tokenizer, optimizer, args):
 def save(model, tokenizer, out):
     """Write the checkpoint beside, then move it in, file by file: `out` never holds half a file."""
     part = Path(out) / 'checkpoint.part'
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    for file in part.iterdir():
-        os.replace(file, Path(out) / file.name)
-    shutil.rmtree(part)
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for file in part.iterdir():
+            os.replace(file, Path(out) / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def peak_memory(device):
@@ -372,6 +365,9 @@ def run(args):
     torch.manual_seed(args.seed)
     model, tokenizer = evaluate.load_encoder(args.model, args.task, args.freeze_embeddings, args.layer)
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0] == 0:
+        for left in [*Path(args.out).glob('*.part.*'), *Path(args.out).glob('.tmp*')]:      # by a process that was killed as it wrote
+            left.unlink()
     results = train(model.to(device), tokenizer, pairs, dev, args, dtype, neighbours)
     if rank_and_world()[0] > 0:
         return
@@ -388,6 +384,66 @@ def run(args):
     (Path(args.out) / STATE).unlink()
 
 
+def xtreme_way(args, pairs, steps):
+    """XTREME's and the authors' way, timed: float32, all padded to `max_length`, tokenised ahead, batches of 8 accumulated to 32.
+
+    Returns pairs per second of training and of evaluation.
+    """
+    device = evaluate.device_and_dtype()[0]
+    model, tokenizer = evaluate.load_encoder(args.model, args.task)
+    model.to(device).train()
+    optimizer, rates = optimizer_of(model, args), []
+    encoded = tokenizer([pair.premise for pair in pairs], [pair.hypothesis for pair in pairs], truncation=True,
+                        max_length=args.max_length, padding='max_length', return_tensors='pt')
+    encoded['labels'] = torch.tensor([pair.label for pair in pairs])
+    for training in (True, False):
+        started = time.perf_counter()
+        for micro in range(4 * steps):
+            batch = {name: value[8 * micro:8 * micro + 8].to(device) for name, value in encoded.items()}
+            with torch.set_grad_enabled(training):
+                loss = model.train(training)(**batch).loss / 4
+            if training:
+                loss.backward()
+                if micro % 4 == 3:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        loss.item()         # waits for the GPU
+        rates.append(32 * steps / (time.perf_counter() - started))
+    return rates
+
+
+def benchmark(runs, rounds=3):
+    """Pairs per second of each method beside XTREME's way of plain training, in turn on the same pairs; medians and their ratios."""
+    steps, folder = (300 if torch.cuda.is_available() else 10), Path(tempfile.mkdtemp())
+    rates = {}
+    for number in range(rounds):
+        for run in runs:
+            pairs, _, neighbours = read_training(run)
+            pairs = random.Random(0).sample(pairs, min(len(pairs), 32 * steps))
+            if run is runs[0]:
+                for name, rate in zip(('training, XTREME', 'evaluation, XTREME'), xtreme_way(run, pairs, max(steps // 2, 1))):
+                    rates.setdefault(name, []).append(rate)
+            timed = copy.copy(run)
+            timed.max_steps, timed.eval_steps, timed.out = steps, steps, str(folder / run.method)
+            Path(timed.out).mkdir()
+            device, dtype = evaluate.device_and_dtype(run.float32)
+            model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer)
+            rate = train(model.to(device), tokenizer, pairs, pairs[:1], timed, dtype, neighbours)['pairs_per_second']
+            rates.setdefault(f'training, {run.method}', []).append(rate)
+            if run is runs[0]:
+                started = time.perf_counter()
+                evaluate.predict(model, tokenizer, pairs, dtype=dtype, max_length=run.max_length)
+                rates.setdefault('evaluation', []).append(len(pairs) / (time.perf_counter() - started))
+            shutil.rmtree(timed.out)
+    median = {name: sorted(found)[len(found) // 2] for name, found in rates.items()}
+    for name, rate in median.items():
+        base = median['evaluation, XTREME' if name.startswith('evaluation') else 'training, XTREME']
+        step = median.get('training, plain', math.nan) / rate if name.startswith('training') else math.nan
+        print(f'{name:20} {rate:8.1f} pairs/s, {rate / base:5.2f} times XTREME\'s' + f', {step:5.2f} times the step of plain' * (step == step))
+    shutil.rmtree(folder)
+
+
 def main(args):
     """Train the runs that are not finished, one after another, and print the tables of all."""
     runs, (rank, world) = runs_of(args), rank_and_world()
@@ -396,6 +452,8 @@ def main(args):
         print(*(f'{out}: {state}' for out, state in states.items()), sep='\n', file=sys.stderr)
     if args.dry_run:
         return
+    if args.benchmark:
+        return benchmark(runs)
     if world > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
@@ -410,6 +468,10 @@ def main(args):
                                  '--batch or --max-length. The same command goes on from the last dev evaluation') from None
             except (OSError, safetensors.SafetensorError) as error:
                 raise InputError(f'{args.out}: cannot be written ({error}); the same command goes on from the last dev evaluation') from None
+            finally:
+                if rank == 0:
+                    with contextlib.suppress(OSError):
+                        Path(args.out).rmdir()      # where nothing came of it
     if rank == 0:
         evaluate.report([evaluate.Run(run.out) for run in runs])
     if world > 1:
