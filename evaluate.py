@@ -292,10 +292,13 @@ class Run:
 
     def kept(self, name, function, *where, **settings):
         """`measure`, unless results.json holds it under `name`, made with the same settings."""
-        if self.results.get(name, {}).get('settings') != settings:
-            self.results[name] = {'settings': settings, 'found': self.measure(function, *where, **settings)}
-            self.write()
-        return self.results[name]['found']
+        for held in self.results.get(name, ()):
+            if held['settings'] == settings:
+                return held['found']
+        found = self.measure(function, *where, **settings)
+        self.results.setdefault(name, []).append({'settings': settings, 'found': found})
+        self.write()
+        return found
 
     def smoothed(self, passes, eps, seed):
         """Accuracy of the smoothed classifier g per language."""
@@ -402,7 +405,7 @@ def oracle(by_eps, known):
     """Test accuracy where each language chooses eps on its own dev file: (languages,). None where that was not scored."""
     if len(by_eps) < 2 or not all('dev_marks' in run.results for runs in by_eps.values() for run in runs):
         return None
-    best = [by_eps[chosen_eps(by_eps, lambda run: accuracy(run.results['dev_marks']['found'][lang]))] for lang in known]
+    best = [by_eps[chosen_eps(by_eps, lambda run: accuracy(run.results['dev_marks'][-1]['found'][lang]))] for lang in known]
     return torch.stack([100 * correct(runs, [lang]).mean() for runs, lang in zip(best, known)])
 
 
@@ -457,13 +460,13 @@ def report(runs, markdown=False):
 
 # ---------------------------------------------------------------- the command line
 
-def picture(runs, found, path):
+def picture(runs, found, radii, path):
     """--regions as a picture: a panel a language, a colour a run, solid under noise, dashed under attack."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError('-o needs matplotlib: pip install matplotlib') from None
-    langs, radii = list(found[0]['noise']), runs[0].results['regions']['settings']['radii']
+    langs = list(found[0]['noise'])
     columns = min(4, len(langs))
     drawing = Figure(figsize=(2.6 * columns + 1, 2.2 * -(-len(langs) // columns) + 0.5), layout='constrained')
     panels = drawing.subplots(-(-len(langs) // columns), columns, sharex=True, sharey=True, squeeze=False).flat
@@ -492,6 +495,9 @@ def save_picture(drawing, path):
 def main(args):
     """Measure what is asked for where results.json does not hold it, and print it."""
     runs = [Run(folder, args) for folder in args.runs]
+    measuring = args.split == 'dev' or args.generalized or args.smooth or args.regions
+    if measuring and len({run.task for run in runs}) > 1:
+        raise InputError(f'{" ".join(args.runs)}: runs of several tasks; name those of one')
     found = []
     for run in runs:
         langs = args.langs or list(TASKS[run.task].languages)
@@ -523,7 +529,7 @@ def main(args):
             print(render([f'{radius:g}' for radius in args.radii], [(f'{lang} {kind}', with_average(dict(enumerate(row)))[:-1])
                          for kind, by_lang in rows.items() for lang, row in by_lang.items()], args.markdown))
         if args.output:
-            picture(runs, found, args.output)
+            picture(runs, found, args.radii, args.output)
     else:
         report(runs, args.markdown)
 
