@@ -479,7 +479,7 @@ def picture(runs, found, radii, path):
         axes.axis('off')
     drawing.supxlabel('radius')
     drawing.supylabel('accuracy (%)')
-    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
     save_picture(drawing, path)
 
 

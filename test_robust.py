@@ -727,7 +727,7 @@ def test_a_full_disk_gives_one_line_and_the_state_before_stays(run, tmp_path, mo
     assert resumed['history'] == whole['history'] and not (tmp_path / 'a/state.safetensors').exists()
 
 
-# As `python train.py FLAGS`, but the gradients of each step are kept: GRADIENTS.N, by the first process.
+# As `python train.py FLAGS`, but the gradients of each step are kept, PATH.N, by the first process; PATH.kept.RANK tells who writes.
 GRADIENTS = """
 import os, sys, safetensors.torch, torch, train
 path, clip, steps = sys.argv.pop(1), torch.nn.utils.clip_grad_norm_, []
@@ -737,6 +737,7 @@ def keeping(parameters, norm):
         safetensors.torch.save_file({str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None}, f'{path}.{len(steps)}')
     steps.append(clip(parameters, norm))
 torch.nn.utils.clip_grad_norm_ = keeping
+keep, train.keep = train.keep, lambda *args: (open(f'{path}.kept.{train.rank_and_world()[0]}', 'w').close(), keep(*args))
 train.main(train.parse_args())
 """
 
@@ -752,7 +753,8 @@ def test_two_processes_have_the_gradients_of_one(world, tmp_path):
         ended = subprocess.run([*command, tmp_path / 'spy.py', tmp_path / name, *flags, '--out', tmp_path / f'run {name}'], env=environment,
                                capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count('plain') == 1 and (tmp_path / f'run {name}/model.safetensors').exists()       # one process writes
+        assert ended.stdout.count('plain') == 1 and (tmp_path / f'run {name}/model.safetensors').exists()
+        assert [path.name for path in tmp_path.glob(f'{name}.kept.*')] == [f'{name}.kept.0']        # one process writes
     for step in (0, 1):
         one, two = (train.safetensors.torch.load_file(tmp_path / f'{name}.{step}') for name in ('one', 'two'))
         assert one.keys() == two.keys() and max(g.abs().max() for g in one.values()) > 1e-3

@@ -96,9 +96,9 @@ def runs_of(args):
     runs = []
     defaults = {name: by_task[list(TASKS).index(args.task)] for name, by_task in DEFAULTS.items()}
     epochs_rs_a = defaults.pop('epochs_rs_a')
-    for method in args.method:
-        for eps in args.eps if method in ('adv', 'rs_r') else [None]:
-            for seed in args.seed:
+    for method in dict.fromkeys(args.method):
+        for eps in dict.fromkeys(args.eps) if method in ('adv', 'rs_r') else [None]:
+            for seed in dict.fromkeys(args.seed):
                 run = copy.copy(args)
                 run.method, run.eps, run.seed = method, eps, seed
                 for name, value in (defaults | {'epochs': epochs_rs_a if method == 'rs_a' else defaults['epochs']}).items():
@@ -292,9 +292,10 @@ def load_state(model, tokenizer, optimizer, args):
                 p.copy_(file.get_tensor(f'weight {name}'))
     optimizer.load_state_dict(state)
     optimizer.param_groups[0]['initial_lr'] = args.lr       # where the schedule begins
-    if progress['at'] == progress['step'] and rank_and_world()[0] == 0:
-        save(model, tokenizer, args.out)
-    print(f'{args.out}: goes on after step {progress["at"]}', file=sys.stderr)
+    if rank_and_world()[0] == 0:
+        print(f'{args.out}: goes on after step {progress["at"]}', file=sys.stderr)
+        if progress['at'] == progress['step']:
+            save(model, tokenizer, args.out)
     return progress
 
 
