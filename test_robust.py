@@ -392,7 +392,7 @@ def trained(world, tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp('trained') / name
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(sys, 'argv', ['train.py', '--task', 'sample', '--data', str(world), '--out', str(folders[name]), '--max-steps', '1000',
-                                        '--eval-steps', '500', '--method', *flags])
+                                        '--max-eval', '1000', '--eval-steps', '500', '--method', *flags])
             train.main(train.parse_args())
         results[name] = json.loads((folders[name] / 'results.json').read_text())
     return folders, results, printed.getvalue()
@@ -439,10 +439,10 @@ def test_the_robust_regions_of_the_sample_world(trained, monkeypatch, capsys, tm
 
 
 def files_hold_what_their_users_expect(folder, results):
-    pairs = data.read_pairs(data.path_of(results['args']['data'], 'sample', 'test', 'x1'), 'sample')
+    pairs = data.read_pairs(data.path_of(results['args']['data'], 'sample', 'test', 'x1'), 'sample')[:1000]
     predicted = (folder / 'predictions/sample/test-x1.tsv').read_text().splitlines()
     labels = data.TASKS['sample'].labels
-    assert 100 * sum(p == labels[pair.label] for p, pair in zip(predicted, pairs, strict=True)) / 2000 == results['test']['x1']
+    assert 100 * sum(p == labels[pair.label] for p, pair in zip(predicted, pairs, strict=True)) / 1000 == results['test']['x1']
     classify = pipeline('text-classification', str(folder))
     assert [classify({'text': pair.premise, 'text_pair': pair.hypothesis})['label'] for pair in pairs[:20]] == predicted[:20]
 
