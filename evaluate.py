@@ -39,8 +39,8 @@ OWN = {'plain': (), 'adv': ('layer', 'adv_steps', 'adv_step_size', 'plain_steps'
 NEVER_COMPARED = {'method', 'eps', 'seed', 'out', 'data', 'epochs', *(name for names in OWN.values() for name in names)}
 
 
-def parse_args():
-    """The command line."""
+def parse_args(words=None):
+    """The command line, or these words of one."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], epilog='See the top of evaluate.py for what is written.')
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help='folder that train.py wrote, or with --task any Hugging Face classifier')
@@ -61,7 +61,7 @@ def parse_args():
     add('--batch', type=number(int, 1), default=64, help='pairs at once (default: %(default)s)')
     add('--float32', action='store_true', help='no bfloat16 (default: as the run was trained)')
     add('-o', '--output', metavar='FILE', help='--regions: a picture, .png or .svg')
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 command = parse_args() if __name__ == '__main__' else None      # before torch is loaded: --help and a typo answer at once
@@ -272,7 +272,8 @@ def write_results(run, results):
 class Run:
     """A run folder: its results, and its model once something has to be measured."""
 
-    def __init__(self, folder, args=argparse.Namespace(task=None, data=None, max_eval=None, float32=False, batch=64)):
+    def __init__(self, folder, args=None):
+        args = args or parse_args([str(folder)])
         self.folder, self.name, self.foreign = folder, Path(folder).name, bool(args.task) and not (Path(folder) / 'results.json').exists()
         if self.foreign:
             self.results = {'dtype': None, 'args': {'task': args.task, 'method': self.name, 'eps': None, 'seed': None, 'layer': 0, 'epochs': None,
