@@ -1,6 +1,7 @@
 """The three training objectives of Huang, Ahmad, Peng, Chang (2021), section 3.
 
-Every objective takes a model and a batch and returns the loss to call `backward()` on:
+Every objective takes a model and a batch and returns the loss to call `backward()` on; `Objective`, at the
+end, picks the one that the command line names and seeds its draws:
 
     paper                                        here
     f(Enc(x))                                    `model(**batch)`, a Hugging Face sequence classifier
