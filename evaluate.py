@@ -181,7 +181,7 @@ def generalized(model, tokenizer, task, data, *, langs, max_eval=None, **options
         for second in langs:
             pairs = [a._replace(hypothesis=b.hypothesis, label=b.label if a.label is None else a.label)
                      for a, b in zip(files[first], files[second]) if None in (a.label, b.label) or a.label == b.label]
-            found[first][second] = None if pairs[0].label is None else accuracy(
+            found[first][second] = None if not pairs or pairs[0].label is None else accuracy(
                 marks(predict(model, tokenizer, pairs, desc=f'{first}-{second}', **options), pairs))
     return found
 
@@ -211,6 +211,7 @@ def regions(model, tokenizer, task, data, *, langs, radii, steps, layer, seed, m
 # ---------------------------------------------------------------- models and run folders
 
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)     # what from_pretrained raises on broken files
+
 
 def load_encoder(name, task, freeze_embeddings=False, layer=0):
     """The pre-trained encoder with a new head, its labels named. Raises InputError if it cannot be had or lacks the layer."""
