@@ -606,6 +606,49 @@ def test_eps_0_trains_to_the_weights_of_plain_and_a_seed_to_the_same_weights(run
     assert len(set(weights.values())) == 5
 
 
+def test_cheap_dropout_drops_each_element_with_probability_p_and_scales_the_rest():
+    torch.manual_seed(0)
+    x = torch.ones(4003, 1001, requires_grad=True)
+    with train.CheapDropout():
+        y = torch.nn.Dropout(0.1)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and set(y.unique().tolist()) == {0, torch.tensor(1 / 0.9).item()}
+    kept = (y.detach() > 0).double().flatten()
+    for share in (kept, kept[0::4], kept[1::4], kept[2::4], kept[3::4]):
+        assert abs(share.mean() - 0.9) < 5 * 0.3 / len(share) ** 0.5
+    for apart in (1, 2, 3, 4):      # elements that share a random number are independent
+        assert abs((kept[apart:] * kept[:-apart]).mean() - 0.81) < 5 * 0.4 / len(kept) ** 0.5
+    with train.CheapDropout():
+        assert torch.equal(torch.nn.functional.dropout(x, 0.1, training=False), x) and not torch.nn.functional.dropout(x, 1.0).any()
+
+
+def test_cheap_dropout_reaches_attention_and_leaves_a_model_without_dropout_alone(model, batch, monkeypatch):
+    seen, cheap = [], train.CheapDropout.dropout
+    monkeypatch.setattr(train.CheapDropout, 'dropout',
+                        staticmethod(lambda input, *args, **kwargs: seen.append(input.shape) or cheap(input, *args, **kwargs)))
+    expected = model.eval()(**batch).logits
+    with train.CheapDropout.fitting(model):
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)       # eager attention is the same function
+        seen.clear()
+        model.train()(**batch)
+    assert seen.count((2, 2, 6, 6)) == 2 and seen.count((2, 6, 16)) >= 5        # both layers' attention; embeddings, 2 a layer
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.set_attn_implementation('sdpa')
+    assert not isinstance(train.CheapDropout.fitting(model), train.CheapDropout) and model.config._attn_implementation == 'sdpa'
+
+
+def test_training_on_the_cpu_uses_cheap_dropout(run, dropping, monkeypatch):
+    weights = []
+    for p in (0.1, 0.0):
+        if not p:
+            monkeypatch.setattr(train.CheapDropout, 'dropout', staticmethod(lambda input, *args, **kwargs: input))
+        folder, _, _ = run(f'p {p}', '--method', 'plain', '--model', str(dropping), '--max-steps', '2', '--max-eval', '10')
+        weights.append((folder / 'model.safetensors').read_bytes())
+    assert weights[0] != weights[1]
+
+
 def test_a_finished_run_is_kept(run):
     folder, results, printed = run('a', '--method', 'plain', '--max-steps', '2')
     written = (folder / 'model.safetensors').stat().st_mtime_ns
