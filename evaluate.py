@@ -290,7 +290,10 @@ class Run:
     def measure(self, function, *where, **settings):
         """function(model, tokenizer, task, data, *where, **settings) on this run's model."""
         model, tokenizer = load(self.folder)
-        return function(model.to(self.device), tokenizer, self.task, self.data, *where, **settings, **self.options)
+        try:
+            return function(model.to(self.device), tokenizer, self.task, self.data, *where, **settings, **self.options)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f'{self.folder}: out of GPU memory ({str(error).split(".")[0]}); try a smaller --batch') from None
 
     def kept(self, name, function, *where, **settings):
         """`measure`, unless results.json holds it under `name`, made with the same settings."""

@@ -748,6 +748,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.undo()
 
 
+def test_out_of_memory_gives_one_line_that_names_the_flag_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch, capsys):
+    flags = ['--method', 'plain', '--max-steps', '6', '--eval-steps', '2', '--max-eval', '20']
+
+    def full(at):
+        load_model, calls = evaluate.AutoModelForSequenceClassification.from_pretrained, itertools.count(1)
+
+        def failing(model, inputs, output):
+            if next(calls) == at:
+                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')
+
+        def load(*args, **kwargs):
+            model = load_model(*args, **kwargs)
+            model.register_forward_hook(failing)
+            return model
+        return load
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.AutoModelForSequenceClassification, 'from_pretrained', full(5))      # 2 steps, dev, a step, this one
+        with pytest.raises(data.InputError, match=r'^\S+: out of GPU memory \(CUDA out of memory\); try .*--batch or --max-length'):
+            run('new', *flags)
+    assert evaluate.load(tmp_path / 'new') and not (tmp_path / 'new/results.json').exists()
+    folder, results, _ = run('new', *flags)
+    assert results['history'] == run('whole', *flags)[1]['history']
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.AutoModelForSequenceClassification, 'from_pretrained', full(1))
+        with pytest.raises(data.InputError, match='out of GPU memory .* a smaller --batch$'):
+            score(folder, monkeypatch, capsys, '--split', 'dev')
+    assert json.loads((folder / 'results.json').read_text()) == results
+
+
 def test_weights_that_explode_are_never_kept(run, tmp_path):
     with pytest.raises(data.InputError, match='not finite'):
         run('a', '--method', 'plain', '--max-steps', '8', '--eval-steps', '1', '--lr', '1e30')
