@@ -209,7 +209,7 @@ class CheapDropout(TorchFunctionMode):
             return functional.dropout(input, p, training, inplace)
         bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
         kept = bits[:input.numel()].view(input.shape) >= round(65536 * p) - 32768
-        return torch.where(kept, input / (1 - p), 0)
+        return input * kept.to(input.dtype).mul_(1 / (1 - p))
 
     @classmethod
     def fitting(cls, model):
