@@ -64,6 +64,7 @@ TASKS = {
 def number(kind, low, below=math.inf):
     """An argparse type: an int or a float, low <= value < below."""
     def parse(text):
+        """The value, or the ValueError or ArgumentTypeError that argparse turns into its one line."""
         value = kind(text)
         if not low <= value < below:
             raise argparse.ArgumentTypeError(f'{text}: expected {low} or above' + f' and below {below:g}' * (below < math.inf))

@@ -86,6 +86,7 @@ class Cells(NamedTuple):
 def cells_of(pairs):
     """Lay out a corpus, a list of (source words, target words), as Cells. Empty sides are allowed."""
     def numbered(side):
+        """Each sentence's length (sentences,), and the words of all sentences as numbers from 1 (words,)."""
         ids = {}
         lengths = torch.tensor([len(pair[side]) for pair in pairs], dtype=torch.long)
         return lengths, torch.tensor([ids.setdefault(word, len(ids) + 1) for pair in pairs for word in pair[side]], dtype=torch.long)

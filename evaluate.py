@@ -200,6 +200,7 @@ def regions(model, tokenizer, task, data, *, langs, radii, steps, layer, seed, m
                 ball = dict(eps=eps, generator=torch.Generator(model.device).manual_seed(seed))
 
                 def delta(inputs, labels):
+                    """A draw from the ball, or the worst point found in it."""
                     if kind == 'noise':
                         return robust.uniform_delta(model, inputs, **ball)
                     return robust.worst_delta(model, {**inputs, 'labels': labels}, steps=steps, layer=layer, **ball)
@@ -420,11 +421,13 @@ def comparison(runs):
     languages = TASKS[task].languages
     known = [lang for lang in languages if all(run.results['test_marks'][lang] is not None for run in runs)]
 
-    def add(name, values, form='{:.1f}'):       # values: of the known languages and their average
+    def add(name, values, form='{:.1f}'):
+        """Append a row; `values`: of the known languages and their average."""
         cells = dict(zip([*known, 'avg.'], values))
         rows.append((name, [form.format(float(cells[lang])) if lang in cells else '-' for lang in [*languages, 'avg.']]))
 
     def add_paper(name):
+        """Append the paper's own row, averaged over the languages known here."""
         printed = dict(zip(languages, PAPER.get(task, {}).get(name, '').split()))
         if printed:
             add(f'  paper, {name}', averaged(torch.tensor([float(printed[lang]) for lang in known])))

@@ -98,6 +98,7 @@ def perturbed(model, delta, layer=0):
     for layer 0) is applied once, as in the plain pass, for any encoder.
     """
     def add(module, inputs, output):
+        """Enc(x) + delta."""
         # float32 even if the layer's output is bfloat16, whose spacing between 0.5 and 1 is 0.0039:
         # eps = 0.001 would be rounded away.
         return output + delta

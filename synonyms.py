@@ -53,6 +53,7 @@ def replace(sentence, neighbours, p, rng):
     blanks and compares exactly, which misses 14-15% of the words).
     """
     def substitute(match):
+        """The word, or the synonym that the draw puts in its place."""
         word = match.group()
         synonyms = neighbours.get(word) or neighbours.get(word.lower())
         if not synonyms or rng.random() >= (len(synonyms) / (len(synonyms) + 1) if p is None else p):

@@ -53,6 +53,7 @@ def parse_args():
     count, positive = number(int, 1), number(float, sys.float_info.min)
 
     def by_task(name, text, **options):
+        """An option whose default depends on the task; absent from the result where not given."""
         shown = ', '.join(f'{task} {value}' for task, value in zip(TASKS, DEFAULTS[name]))
         if name == 'epochs':
             shown += '; rs_a, over the augmented set: {}, {}, {}'.format(*DEFAULTS['epochs_rs_a'])
@@ -200,6 +201,7 @@ class CheapDropout(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Called by torch in place of each of its functions."""
         return (self.dropout if func is functional.dropout else func)(*args, **(kwargs or {}))
 
     @staticmethod
