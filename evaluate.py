@@ -106,7 +106,7 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
     # so that memory that does not suffice shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
-    predicted = torch.empty(len(pairs), dtype=torch.long)
+    predicted, winners, finite = torch.empty(len(pairs), dtype=torch.long), [], []
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         for start in tqdm(range(0, len(order), batch), desc=desc, leave=False, disable=desc is None or not sys.stderr.isatty(), unit='batch'):
             chosen = order[start:start + batch]
@@ -119,10 +119,12 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
                     noise = robust.perturbed(model, delta(inputs, labels), layer)
                 with noise, torch.inference_mode():
                     logits = model(**inputs).logits
-                if not logits.isfinite().all():
-                    raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; try a smaller --lr or --eps, or --float32')
+                finite.append(logits.isfinite().all())
                 votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
-            predicted[chosen] = votes.argmax(-1).cpu()
+            winners.append(votes.argmax(-1))
+    if not torch.stack(finite).all():       # at the end, as is the copy from the GPU: each would wait for it
+        raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; try a smaller --lr or --eps, or --float32')
+    predicted[order] = torch.cat(winners).cpu()
     return predicted
 
 

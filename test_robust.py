@@ -495,6 +495,26 @@ def test_of_several_passes_the_majority_counts(world):
     assert evaluate.predict(Votes(), tokenizer, [data.Pair('bokin', 'bokin', 0)] * 2, passes=3).tolist() == [2, 1]
 
 
+def test_predictions_come_back_in_the_order_of_the_pairs_and_logits_that_are_not_finite_stop_them(world):
+    """By a made-up classifier of pairs by their length, in batches of two."""
+    class Lengths(torch.nn.Module):
+        device, config = torch.device('cpu'), types.SimpleNamespace(name_or_path='lengths')
+        broken = None
+
+        def forward(self, attention_mask, **inputs):
+            tokens = attention_mask.sum(1)
+            logits = torch.nn.functional.one_hot(tokens % 3, 3).float()
+            return types.SimpleNamespace(logits=torch.where(tokens[:, None] == self.broken, math.nan, logits) if self.broken else logits)
+    tokenizer, model = evaluate.AutoTokenizer.from_pretrained(world / 'sample/model'), Lengths()
+    lengths = [3, 1, 4, 2, 7, 5, 6]
+    pairs = [data.Pair('a ' * length, 'b', 0) for length in lengths]        # [CLS], a ..., [SEP], b, [SEP]
+    assert evaluate.predict(model, tokenizer, pairs, batch=2).tolist() == [(length + 4) % 3 for length in lengths]
+    for length in lengths:
+        model.broken = length + 4
+        with pytest.raises(data.InputError, match='lengths: gives logits that are not finite'):
+            evaluate.predict(model, tokenizer, pairs, batch=2)
+
+
 def test_smoothing_with_no_noise_changes_nothing_and_with_much_noise_all(run, monkeypatch, capsys):
     folder, results, _ = run('a', '--method', 'rs_r', '--max-steps', '400', '--eval-steps', '400', '--max-eval', '300')
     plain = [f'{value:.1f}' for value in results['test'].values()]
@@ -647,6 +667,43 @@ def test_training_on_the_cpu_uses_cheap_dropout(run, dropping, monkeypatch):
         folder, _, _ = run(f'p {p}', '--method', 'plain', '--model', str(dropping), '--max-steps', '2', '--max-eval', '10')
         weights.append((folder / 'model.safetensors').read_bytes())
     assert weights[0] != weights[1]
+
+
+def test_the_work_of_a_step_by_hand(world):
+    """Of a BERT of 2 layers of 64, on batches that all have T tokens."""
+    model, tokenizer = evaluate.load_encoder(str(world / 'sample/model'), 'sample')
+    pairs = [pair for pair in data.read_pairs(world / 'sample/train-en.tsv', 'sample')]
+    length = lambda pair: len(tokenizer(*pair[:2])['input_ids'])      # noqa: E731
+    tokens = length(pairs[0])
+    pairs = [pair for pair in pairs[:500] if length(pair) == tokens][:20]
+    args = types.SimpleNamespace(batch=8, max_length=128, seed=1)
+    wide = model.config.hidden_size
+    layer = 2 * tokens * 12 * wide ** 2 + 2 * 2 * tokens ** 2 * wide       # Q, K, V, output; the feed-forward two of 4; scores, mean
+    size = sum(p.numel() for p in model.parameters())
+    assert train.work_of(model, tokenizer, pairs, args) == (2 * layer + 2 * wide ** 2 + 2 * wide * 2, 32 * size)
+    words = model.get_input_embeddings().weight.requires_grad_(False)
+    assert train.work_of(model, tokenizer, pairs, args)[1] == 32 * (size - words.numel())
+
+
+def test_the_benchmark_sets_each_method_beside_its_baselines(world, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, 'rates_of', lambda device, dtype: (1e9, 2e9))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--task', 'sample', '--data', str(world), '--out', str(tmp_path / 'runs'), '--benchmark',
+                                      '--method', 'plain', 'rs_a'])
+    train.main(train.parse_args())
+    floor, *rows = capsys.readouterr().out.splitlines()
+    work, moved = map(float, re.fullmatch(r'floor: 3 x (\S+) GFLOP a pair at 1 GFLOP/s, (\S+) GB a step at 2 GB/s', floor).groups())
+    table = {row[:20].strip(): row[20:] for row in rows}
+    rate = {name: float(row.split()[0]) for name, row in table.items()}
+    assert set(table) == {'training, XTREME', 'evaluation, XTREME', 'evaluation', 'training, plain', 'training, rs_a'}
+
+    def holds(name, pattern, expected, tolerance):
+        assert float(re.search(pattern, table[name])[1]) == pytest.approx(expected, rel=tolerance)
+    for name in table:
+        holds(name, r'pairs/s, +(\S+) times XTREME', rate[name] / rate[name.split(',')[0] + ', XTREME'], 0.02)
+    holds('training, rs_a', r'(\S+) times the step of plain', rate['training, plain'] / rate['training, rs_a'], 0.02)
+    holds('training, plain', r'of the floor \((\d+)\)', 1 / (3 * work + moved / 64 / 2), 0.02)
+    holds('evaluation', r'of the floor \((\d+)\)', 1 / work, 0.02)
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_a_finished_run_is_kept(run):

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -123,7 +124,9 @@ import torch.distributed as dist    # noqa: E402
 import transformers     # noqa: E402
 from torch.nn import functional     # noqa: E402
 from torch.overrides import TorchFunctionMode   # noqa: E402
+from torch.utils.benchmark import Timer     # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset    # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode    # noqa: E402
 from tqdm import tqdm   # noqa: E402
 
 import evaluate         # noqa: E402
@@ -429,7 +432,7 @@ def xtreme_way(args, pairs, steps):
     model.to(device).train()
     optimizer, rates = optimizer_of(model, args), []
     encoded = tokenizer([pair.premise for pair in pairs], [pair.hypothesis for pair in pairs], truncation=True,
-                        max_length=args.max_length, padding='max_length', return_tensors='pt')
+                        max_length=min(args.max_length, tokenizer.model_max_length), padding='max_length', return_tensors='pt')
     encoded['labels'] = torch.tensor([pair.label for pair in pairs])
     for training in (True, False):
         started = time.perf_counter()
@@ -448,35 +451,75 @@ def xtreme_way(args, pairs, steps):
     return rates
 
 
-def benchmark(runs, rounds=3):
-    """Pairs per second of each method beside XTREME's way of plain training, in turn on the same pairs; medians and their ratios."""
-    steps, folder = (300 if torch.cuda.is_available() else 16), Path(tempfile.mkdtemp())
-    rates = {}
-    for number in range(rounds):
-        for run in runs:
-            pairs, _, neighbours = read_training(run)
-            pairs = random.Random(0).sample(pairs, min(len(pairs), 32 * steps))
-            if run is runs[0]:
-                for name, rate in zip(('training, XTREME', 'evaluation, XTREME'), xtreme_way(run, pairs, steps // 4)):
-                    rates.setdefault(name, []).append(rate)
-            timed = copy.copy(run)
-            timed.max_steps, timed.eval_steps, timed.out = steps, steps, str(folder / run.method)
-            Path(timed.out).mkdir()
-            device, dtype = evaluate.device_and_dtype(run.float32)
-            model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer)
-            if run is runs[0]:
-                started = time.perf_counter()
-                evaluate.predict(model.to(device), tokenizer, pairs, dtype=dtype, max_length=run.max_length)
-                rates.setdefault('evaluation', []).append(len(pairs) / (time.perf_counter() - started))
-            rate = train(model.to(device), tokenizer, pairs, pairs[:1], timed, dtype, neighbours)['pairs_per_second']
-            rates.setdefault(f'training, {run.method}', []).append(rate)
-            shutil.rmtree(timed.out)
-    median = {name: sorted(found)[len(found) // 2] for name, found in rates.items()}
-    for name, rate in median.items():
-        base = median['evaluation, XTREME' if name.startswith('evaluation') else 'training, XTREME']
-        step = median.get('training, plain', math.nan) / rate if name.startswith('training') else math.nan
-        print(f'{name:20} {rate:8.1f} pairs/s, {rate / base:5.2f} times XTREME\'s' + f', {step:5.2f} times the step of plain' * (step == step))
-    shutil.rmtree(folder)
+def work_of(model, tokenizer, pairs, args):
+    """What plain training cannot do without: floating-point operations a pair in the forward pass (back: twice as many), bytes a step.
+
+    Operations: those of matrix products, as torch counts them, in batches padded as in training. Bytes: AdamW's (32 a
+    trained float32: its gradient is written and read, its value and both moments are read and written).
+    """
+    shapes = copy.deepcopy(model).to('meta')        # counting needs no numbers; of a mask transformers would look at some
+    shapes.set_attn_implementation('eager')
+    batches = itertools.islice(Batches(pairs, tokenizer, args), math.ceil(len(pairs) / args.batch))
+    with FlopCounterMode(display=False) as counter:
+        for batch, _, _ in batches:
+            robust.plain(shapes, {name: value.to('meta') for name, value in batch.items() if name != 'attention_mask'})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return counter.get_total_flops() / len(pairs), 32 * trained
+
+
+def rates_of(device, dtype):
+    """The machine's own rates: floating-point operations a second in a large matrix product, bytes a second in a large copy."""
+    size, rates = 8192 if device.type == 'cuda' else 2048, []
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    c, d = torch.randn(2, 2 ** 26, device=device)
+    for work, amount in (('a @ b', 2 * size ** 3), ('c.copy_(d)', 2 * 4 * len(c))):
+        timer = Timer(work, globals=dict(a=a, b=b, c=c, d=d), num_threads=torch.get_num_threads())
+        rates.append(amount / timer.blocked_autorange(min_run_time=1).median)
+    return rates
+
+
+def timed(runs, folder, rounds=3):
+    """Each method, XTREME's way and the machine's own rates in turn, on the same pairs -> name -> pairs per second (or rate), medians."""
+    steps, rates = (300 if torch.cuda.is_available() else 16), {}
+    for run in runs * rounds:
+        pairs, _, neighbours = read_training(run)
+        pairs = random.Random(0).sample(pairs, min(len(pairs), 32 * steps))
+        found, run = {}, copy.copy(run)
+        run.max_steps, run.eval_steps, run.out = steps, steps, str(folder / run.method)
+        Path(run.out).mkdir()
+        device, dtype = evaluate.device_and_dtype(run.float32)
+        if run.method == runs[0].method:
+            found['training, XTREME'], found['evaluation, XTREME'] = xtreme_way(run, pairs, steps // 4)
+            found['products'], found['copies'] = rates_of(device, dtype)
+        model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer)
+        model.to(device)
+        if run.method == runs[0].method:
+            found['forward'], found['moved'] = work_of(model, tokenizer, pairs, run)
+            started = time.perf_counter()
+            evaluate.predict(model, tokenizer, pairs, dtype=dtype, max_length=run.max_length)
+            found['evaluation'] = len(pairs) / (time.perf_counter() - started)
+        found[f'training, {run.method}'] = train(model, tokenizer, pairs, pairs[:1], run, dtype, neighbours)['pairs_per_second']
+        shutil.rmtree(run.out)
+        for name, value in found.items():
+            rates.setdefault(name, []).append(value)
+    return {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
+
+
+def benchmark(runs):
+    """Print pairs per second beside XTREME's and the floor: the time of plain's work at the machine's own rates."""
+    with tempfile.TemporaryDirectory() as folder:
+        rates = timed(runs, Path(folder))
+    forward, moved, products, copies = (rates.pop(name) for name in ('forward', 'moved', 'products', 'copies'))
+    print(f'floor: 3 x {forward / 1e9:.3g} GFLOP a pair at {products / 1e9:.3g} GFLOP/s, {moved / 1e9:.3g} GB a step at {copies / 1e9:.3g} GB/s')
+    floor = {'training, plain': 1 / (3 * forward / products + moved / copies / runs[0].batch), 'evaluation': products / forward}
+    for name, rate in rates.items():
+        base = rates['evaluation, XTREME' if name.startswith('evaluation') else 'training, XTREME']
+        line = f'{name:20} {rate:8.1f} pairs/s, {rate / base:5.2f} times XTREME\'s'
+        if name in floor:
+            line += f', {rate / floor[name]:4.0%} of the floor ({floor[name]:.0f})'
+        elif name.startswith('training') and 'training, plain' in rates and name != 'training, XTREME':
+            line += f', {rates["training, plain"] / rate:5.2f} times the step of plain'
+        print(line)
 
 
 def main(args):
