@@ -106,7 +106,7 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
     # so that memory that does not suffice shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
-    predicted, winners, finite = torch.empty(len(pairs), dtype=torch.long), [], []
+    winners, finite = [], []
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         for start in tqdm(range(0, len(order), batch), desc=desc, leave=False, disable=desc is None or not sys.stderr.isatty(), unit='batch'):
             chosen = order[start:start + batch]
@@ -124,6 +124,7 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
             winners.append(votes.argmax(-1))
     if not torch.stack(finite).all():       # at the end, as is the copy from the GPU: each would wait for it
         raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; try a smaller --lr or --eps, or --float32')
+    predicted = torch.empty(len(pairs), dtype=torch.long)
     predicted[order] = torch.cat(winners).cpu()
     return predicted
 

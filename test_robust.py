@@ -672,10 +672,8 @@ def test_training_on_the_cpu_uses_cheap_dropout(run, dropping, monkeypatch):
 def test_the_work_of_a_step_by_hand(world):
     """Of a BERT of 2 layers of 64, on batches that all have T tokens."""
     model, tokenizer = evaluate.load_encoder(str(world / 'sample/model'), 'sample')
-    pairs = [pair for pair in data.read_pairs(world / 'sample/train-en.tsv', 'sample')]
-    length = lambda pair: len(tokenizer(*pair[:2])['input_ids'])      # noqa: E731
-    tokens = length(pairs[0])
-    pairs = [pair for pair in pairs[:500] if length(pair) == tokens][:20]
+    pairs = data.read_pairs(world / 'sample/train-en.tsv', 'sample')[:20]
+    tokens, = {len(tokenizer(pair.premise, pair.hypothesis)['input_ids']) for pair in pairs}
     args = types.SimpleNamespace(batch=8, max_length=128, seed=1)
     wide = model.config.hidden_size
     layer = 2 * tokens * 12 * wide ** 2 + 2 * 2 * tokens ** 2 * wide       # Q, K, V, output; the feed-forward two of 4; scores, mean
@@ -683,6 +681,18 @@ def test_the_work_of_a_step_by_hand(world):
     assert train.work_of(model, tokenizer, pairs, args) == (2 * layer + 2 * wide ** 2 + 2 * wide * 2, 32 * size)
     words = model.get_input_embeddings().weight.requires_grad_(False)
     assert train.work_of(model, tokenizer, pairs, args)[1] == 32 * (size - words.numel())
+
+
+def test_the_rates_of_a_machine_that_takes_a_second_for_each_piece_of_work(monkeypatch):
+    class Timer:
+        def __init__(self, work, globals, num_threads):
+            exec(work, globals)
+            self.moved = '@' in work or torch.equal(globals['c'], globals['d'])
+
+        def blocked_autorange(self, min_run_time):
+            return types.SimpleNamespace(median=1.0 if self.moved else math.nan)
+    monkeypatch.setattr(train, 'Timer', Timer)
+    assert train.rates_of(torch.device('cpu'), torch.float32) == [2 * 2048 * 2048 * 2048, 2 * 4 * 2 ** 26]     # a read and a write a number
 
 
 def test_the_benchmark_sets_each_method_beside_its_baselines(world, monkeypatch, capsys, tmp_path):

@@ -457,7 +457,7 @@ def work_of(model, tokenizer, pairs, args):
     Operations: those of matrix products, as torch counts them, in batches padded as in training. Bytes: AdamW's (32 a
     trained float32: its gradient is written and read, its value and both moments are read and written).
     """
-    shapes = copy.deepcopy(model).to('meta')        # counting needs no numbers; of a mask transformers would look at some
+    shapes = copy.deepcopy(model).to('meta')        # counting needs no numbers; the mask, whose numbers transformers reads, is left out
     shapes.set_attn_implementation('eager')
     batches = itertools.islice(Batches(pairs, tokenizer, args), math.ceil(len(pairs) / args.batch))
     with FlopCounterMode(display=False) as counter:
@@ -484,16 +484,16 @@ def timed(runs, folder, rounds=3):
     for run in runs * rounds:
         pairs, _, neighbours = read_training(run)
         pairs = random.Random(0).sample(pairs, min(len(pairs), 32 * steps))
-        found, run = {}, copy.copy(run)
+        found, first, run = {}, run is runs[0], copy.copy(run)
         run.max_steps, run.eval_steps, run.out = steps, steps, str(folder / run.method)
         Path(run.out).mkdir()
         device, dtype = evaluate.device_and_dtype(run.float32)
-        if run.method == runs[0].method:
+        if first:
             found['training, XTREME'], found['evaluation, XTREME'] = xtreme_way(run, pairs, steps // 4)
             found['products'], found['copies'] = rates_of(device, dtype)
         model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer)
         model.to(device)
-        if run.method == runs[0].method:
+        if first:
             found['forward'], found['moved'] = work_of(model, tokenizer, pairs, run)
             started = time.perf_counter()
             evaluate.predict(model, tokenizer, pairs, dtype=dtype, max_length=run.max_length)
