@@ -1,11 +1,12 @@
 """PAWS-X and XNLI in XTREME's files, and a small made-up world that needs no download.
 
-    python data.py pawsx                        fetch what is missing into download/pawsx, and count what is there
-    python data.py xnli XNLI-1.0.zip ...        the same from archives fetched by hand
-    python data.py sample                       write the sample world
+    python data.py pawsx                    fetch what is missing into download/pawsx, and count what is there
+    python data.py xnli XNLI-1.0.zip ...    the same from archives fetched by hand
+    python data.py sample                   write the sample world
 
 XTREME's layout (Hu et al. 2020): DATA/{pawsx,xnli}/{train,dev,test}-{lang}.tsv, UTF-8, no header,
 premise TAB hypothesis TAB label. XTREME's script strips the test labels; what is fetched here keeps them.
+The neighbour file of RS-A lies beside them, DATA/synonyms/counterfitted_neighbors.json.
 """
 
 import argparse
@@ -13,25 +14,129 @@ import contextlib
 import csv
 import hashlib
 import http.client
-import io
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import sys
 import tarfile
-import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.hub import download_url_to_file
+from tqdm import tqdm
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
 
 
-class InputError(SystemExit):
-    """Something in the user's hands is wrong: one line on stderr, exit status 1, no traceback."""
+# ---------------------------------------------------------------- what every script needs
 
+class InputError(Exception):
+    """Something in the user's hands is wrong. The message is one line: what is there, what was expected."""
+
+
+def run_script(main):
+    """Run a script's main. What is the user's to mend ends in one line on stderr, without a traceback."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except InputError as error:
+        sys.exit(str(error))
+    except BrokenPipeError:
+        # `| head` has seen enough. Python flushes stdout once more at its end, which must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f'{error.filename}: {error.strerror}')
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on where it can', file=sys.stderr)
+        sys.exit(130)
+
+
+def in_range(kind, low, below=math.inf):
+    """An argparse type: an int or a float, low <= value < below."""
+    def parse(text):
+        """The value, or the ValueError or ArgumentTypeError that argparse turns into its one line."""
+        value = kind(text)
+        if low <= value < below:
+            return value
+        limit = '' if below == math.inf else f' and below {below:g}'
+        raise argparse.ArgumentTypeError(f'{text}: expected {low} or above{limit}')
+    parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
+    return parse
+
+
+class _Lines(tqdm):
+    """tqdm for a file: where it stands as a line of its own, at most every 30 seconds."""
+    said = 0
+
+    def display(self, msg=None, pos=None):
+        """In place of the bar that tqdm redraws; msg '' asks to wipe it away."""
+        now = time.time()
+        if msg != '' and now - max(self.said, self.start_t) >= 30:
+            self.said = now
+            print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock=False):
+        """Nothing to wipe away."""
+
+
+def progress(iterable=None, *, desc, unit, total=None, initial=0):
+    """A tqdm on stderr: a bar on a terminal, gone at its end; in a file a line every 30 seconds, no more."""
+    options = {'desc': desc, 'unit': unit, 'total': total, 'initial': initial, 'leave': False}
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **options)
+    layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
+    return _Lines(iterable, delay=30, bar_format=layout, **options)
+
+
+def digest(path):
+    """The first 16 hex digits of a file's SHA-256: they tell whether two runs read the same."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Write beside, then rename: yields the path to write to. The file is whole or as it was.
+
+    An OSError (read-only folder, full disk) passes through and names `path`.
+    """
+    path = Path(path)
+    part = path.with_name(f'{path.stem}.part{path.suffix}')
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def share(folder):
+    """Give a checkpoint's weights the permissions that the umask says: safetensors writes them 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).glob('*.safetensors'):
+        path.chmod(0o666 & ~umask)
+
+
+# ---------------------------------------------------------------- tasks
 
 class Pair(NamedTuple):
     """One row: two sentences and the index of the gold label (None where the file has no labels)."""
@@ -41,54 +146,69 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is fixed about a task: its languages in the order of the paper's tables, and its labels in id order."""
+    """What is fixed about a task: languages in the order of the paper's tables, labels in id order."""
     languages: tuple
     labels: tuple
-    archives: dict = {}      # file name of the public release -> (where it lies, the splits it holds)
-    rows: dict = {}          # split -> rows a whole release has, per language
 
 
 TASKS = {
-    'pawsx': Task(('en', 'de', 'es', 'fr', 'ja', 'ko', 'zh'), ('0', '1'),
-                  {'x-final.tar.gz': ('https://storage.googleapis.com/paws/pawsx/x-final.tar.gz', {'train', 'dev', 'test'})},
-                  {'train': 49401, 'dev': 2000, 'test': 2000}),
+    'pawsx': Task(('en', 'de', 'es', 'fr', 'ja', 'ko', 'zh'), ('0', '1')),
     'xnli': Task(('en', 'ar', 'bg', 'de', 'el', 'es', 'fr', 'hi', 'ru', 'sw', 'th', 'tr', 'ur', 'vi', 'zh'),
-                 ('contradiction', 'entailment', 'neutral'),
-                 {'XNLI-1.0.zip': ('https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip', {'dev', 'test'}),
-                  'XNLI-MT-1.0.zip': ('https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip', {'train'})},
-                 {'train': 392702, 'dev': 2490, 'test': 5010}),
+                 ('contradiction', 'entailment', 'neutral')),
     'sample': Task(('en', 'x1', 'x2', 'x3', 'x4', 'x5', 'x6'), ('different', 'paraphrase')),
 }
 
 
-def number(kind, low, below=math.inf):
-    """An argparse type: an int or a float, low <= value < below."""
-    def parse(text):
-        """The value, or the ValueError or ArgumentTypeError that argparse turns into its one line."""
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f'{text}: expected {low} or above' + f' and below {below:g}' * (below < math.inf))
-        return value
-    parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
-    return parse
+def path_of(data, task, split, lang):
+    """DATA/pawsx/test-de.tsv and the like."""
+    return Path(data) / task / f'{split}-{lang}.tsv'
 
 
-@contextlib.contextmanager
-def written(path):
-    """Write beside, then rename: yields the path to write to. The file is whole or as it was, whatever happens."""
-    part = Path(path).with_name(f'{Path(path).stem}.part{Path(path).suffix}')
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def languages_of(data, task, langs=None):
+    """The languages to score -> list of codes: the paper's order first, own languages after it as given.
+
+    langs None: the task's own. Else any codes for which DATA/TASK holds test-CODE.tsv; InputError names
+    the file that is not there.
+    """
+    languages = TASKS[task].languages
+    if langs is None:
+        return list(languages)
+    for lang in langs:
+        path = path_of(data, task, 'test', lang)
+        if not path.exists():
+            raise InputError(f'{path}: no such file; expected premise TAB hypothesis TAB label in {lang!r}')
+    ordered = dict.fromkeys([*languages, *langs])
+    return [lang for lang in ordered if lang in langs]
 
 
 # ---------------------------------------------------------------- reading
 
-def path_of(data, task, split, lang):
-    """DATA/pawsx/test-de.tsv and the like."""
-    return Path(data) / task / f'{split}-{lang}.tsv'
+def read_lines(path, expected):
+    """The lines of a file that holds words -> list of str. The one rule for all of them.
+
+    UTF-8 with or without BOM, LF or CRLF, blank lines at the end dropped. A line ends at '\\n' alone:
+    what Unicode takes for an end of line (U+2028, U+0085) stays in the text.
+    Raises InputError (file, line, what was `expected`).
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}; expected {expected}') from None
+    content = content.removeprefix(b'\xef\xbb\xbf').rstrip(b'\r\n')
+    if not content:
+        raise InputError(f'{path}: empty; expected {expected}')
+    try:
+        text = content.decode('utf-8')
+    except UnicodeDecodeError as error:
+        before = content[:error.start].split(b'\n')
+        place = f'{path}:{len(before)}: byte {len(before[-1]) + 1} of the line'
+        raise InputError(f'{place} is not UTF-8; expected {expected}') from None
+    return [line.removesuffix('\r') for line in text.split('\n')]
+
+
+def split_words(text):
+    """The words of a text, split at ASCII blank and tab only: U+3000 is a word in real files."""
+    return [word for word in re.split('[ \t]+', text) if word]
 
 
 def read_pairs(path, task):
@@ -97,30 +217,33 @@ def read_pairs(path, task):
     Labels may be missing from the whole file (XTREME's test files), never from a part of it.
     """
     labels = TASKS[task].labels
-    try:
-        content = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').rstrip(b'\r\n')
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}. `python data.py {task}` fetches the task\'s files') from None
-    if not content:
-        raise InputError(f'{path}: empty; expected premise TAB hypothesis TAB label, a pair a line')
-    ids = {name: i for i, name in enumerate(labels)} | ({'contradictory': 0} if task == 'xnli' else {})     # as XNLI's MT files spell it
-    pairs, columns = [], None
-    for number, line in enumerate(content.split(b'\n'), 1):
-        try:
-            cells = line.decode('utf-8').rstrip('\r').split('\t')
-        except UnicodeDecodeError as error:
-            raise InputError(f'{path}:{number}: byte {error.start + 1} of the line is not UTF-8') from None
-        if number == 1 and {'sentence1', 'gold_label', 'premise', 'hypo'} & {cell.lower() for cell in cells}:
-            raise InputError(f'{path}:1: a file of the raw release (it has a header), not one of XTREME\'s; '
-                             f'`python data.py {task} ARCHIVE` converts the archive that it came in')
-        columns = columns or len(cells)
-        if len(cells) != columns or columns not in (2, 3):
-            expected = '2 or 3' if number == 1 else f'{columns}, as in line 1'
-            raise InputError(f'{path}:{number}: {len(cells)} columns; expected {expected} (premise, hypothesis, label)')
+    ids = {name: number for number, name in enumerate(labels)}
+    if task == 'xnli':
+        ids['contradictory'] = ids['contradiction']     # as XNLI's machine-translated files spell it
+    fetch = f"`python data.py {task}` fetches the task's files"
+    lines = read_lines(path, f'premise TAB hypothesis TAB label, a pair a line; {fetch}')
+    columns = _columns(lines[0].split('\t'), path, task)
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        cells = line.split('\t')
+        if len(cells) != columns:
+            raise InputError(f'{path}:{number}: {len(cells)} columns; expected {columns}, as in line 1')
         if columns == 3 and cells[2] not in ids:
             raise InputError(f'{path}:{number}: label {cells[2]!r}; expected one of {", ".join(labels)}')
-        pairs.append(Pair(_unquote(cells[0]), _unquote(cells[1]), ids[cells[2]] if columns == 3 else None))
+        label = ids[cells[2]] if columns == 3 else None
+        pairs.append(Pair(_unquote(cells[0]), _unquote(cells[1]), label))
     return pairs
+
+
+def _columns(cells, path, task):
+    """How many columns a file has, by its first line."""
+    header = {'sentence1', 'gold_label', 'premise', 'hypo'}
+    if header & {cell.lower() for cell in cells}:
+        raise InputError(f"{path}:1: a header; XTREME's files have none. For the raw release give its archive: "
+                         f'`python data.py {task} ARCHIVE`')
+    if len(cells) not in (2, 3):
+        raise InputError(f'{path}:1: {len(cells)} columns; expected 2 or 3 (premise, hypothesis, label)')
+    return len(cells)
 
 
 def _unquote(cell):
@@ -130,115 +253,241 @@ def _unquote(cell):
     """
     inner = cell[1:-1]
     wrapped = len(cell) > 2 and cell[0] == cell[-1] == '"' and '"' in inner
-    return inner.replace('""', '"') if wrapped and '"' not in inner.replace('""', '') else cell
-
-
-def describe(path, pairs):
-    """One line about a file: rows, missing labels, PAWS-X's placeholders NS ('no sentence'), which XTREME keeps."""
-    placeholders = sum('NS' in (pair.premise, pair.hypothesis) for pair in pairs)
-    return (f'{path}: {len(pairs):,} pairs' + '; no labels: cannot be scored' * (pairs[0].label is None)
-            + f'; {placeholders} rows with a placeholder NS, kept' * (placeholders > 0))
-
-
-def digests(data, task):
-    """The files that a run reads, name -> the first 16 digits of its SHA-256: they tell whether two runs saw the same data."""
-    paths = [path_of(data, task, split, lang) for split, lang in [('train', 'en'), ('dev', 'en'), *(('test', l) for l in TASKS[task].languages)]]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path.exists()}
-
-
-# ---------------------------------------------------------------- fetching
-
-def prepare(data, task, archives=(), complete=False):
-    """Make sure that the task's files are under DATA; fetch, check and write those that are not.
-
-    Training needs train-en, dev-en and every test file. `complete` asks for the other dev files and
-    for test labels too: test files without labels are then fetched anew. Nothing else is overwritten.
-    """
-    if task == 'sample':
-        return path_of(data, task, 'train', 'en').exists() or write_sample(data)
-    wanted = []
-    for split, lang in [('train', 'en')] + [(s, l) for s in ('dev', 'test') for l in TASKS[task].languages]:
-        path = path_of(data, task, split, lang)
-        if (complete or split != 'dev' or lang == 'en') and (not path.exists() or complete and read_pairs(path, task)[0].label is None):
-            wanted.append((split, lang))
-    if wanted:
-        print(f'{Path(data) / task}: {len(wanted)} files to fetch, {"-".join(wanted[0])} first', file=sys.stderr)
-        _convert(data, task, wanted, archives)
-
-
-def _convert(data, task, wanted, archives):
-    """Read the wanted (split, lang) from the raw archives, check them, and write them in XTREME's layout."""
-    by_name = {Path(archive).name: archive for archive in archives}
-    for name in by_name.keys() - TASKS[task].archives.keys():
-        raise InputError(f'{by_name[name]}: not an archive of {task}; expected {" or ".join(TASKS[task].archives)}')
-    folder = Path(data) / task
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
-        for name, (url, splits) in TASKS[task].archives.items():
-            rows = {(split, lang): [] for split, lang in wanted if split in splits}
-            if not rows:
-                continue
-            archive = by_name.get(name) or _download(url, Path(part) / name, task, data)
-            try:
-                _read_archive(archive, task, rows)
-            except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, ValueError) as error:
-                raise InputError(f'{archive}: not the whole archive that {url} holds ({error}); fetch it again') from None
-            for (split, lang), pairs in rows.items():
-                if len(pairs) != TASKS[task].rows[split]:
-                    raise InputError(f'{archive}: {len(pairs)} rows for {split}-{lang}, expected {TASKS[task].rows[split]}; fetch it again')
-                write_pairs(Path(part) / f'{split}-{lang}.tsv', pairs)
-                read_pairs(Path(part) / f'{split}-{lang}.tsv', task)
-        for split, lang in wanted:      # only once every file is there and was read back
-            os.replace(Path(part) / f'{split}-{lang}.tsv', folder / f'{split}-{lang}.tsv')
-
-
-def _download(url, path, task, data):
-    """Fetch url into path with a progress bar. Raises InputError if it cannot be had."""
-    import torch.hub
-    socket.setdefaulttimeout(30)
-    try:
-        torch.hub.download_url_to_file(url, path)
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f'{url}: {getattr(error, "reason", error)}. Fetch it by hand and give it to '
-                         f'`python data.py {task} --data {data} {" ".join(TASKS[task].archives)}`; '
-                         '`python train.py --task sample --method rs_r` works without a network') from None
-    return path
-
-
-def _read_archive(archive, task, rows):
-    """Append to rows[split, lang] the [premise, hypothesis, label] of a public release. Each file of it has a header.
-
-    x-final.tar.gz: x-final/LANG/{train,dev_2k,test_2k}.tsv: id, sentence1, sentence2, label.
-    XNLI-1.0.zip: XNLI-1.0/xnli.{dev,test}.tsv: language in column 1, gold label in 2, sentences in 7 and 8.
-    XNLI-MT-1.0.zip: XNLI-MT-1.0/multinli/multinli.train.en.tsv: premise, hypothesis, label.
-    """
-    files = {f'x-final/{lang}/{split}{"" if split == "train" else "_2k"}.tsv': (split, lang, (1, 2, 3)) for split, lang in rows}
-    if task == 'xnli':
-        files = {'XNLI-1.0/xnli.dev.tsv': ('dev', None, (6, 7, 1)), 'XNLI-1.0/xnli.test.tsv': ('test', None, (6, 7, 1)),
-                 'XNLI-MT-1.0/multinli/multinli.train.en.tsv': ('train', 'en', (0, 1, 2))}
-    with tarfile.open(archive, 'r:gz') if task == 'pawsx' else zipfile.ZipFile(archive) as source:
-        # Read one by one and never extracted: no path in an archive can escape.
-        members, content = (source, source.extractfile) if task == 'pawsx' else (source.infolist(), source.open)
-        for member in members:
-            split, lang, columns = files.get(member.name if task == 'pawsx' else member.filename, (None, None, None))
-            for line in (content(member) or io.BytesIO()).read().decode('utf-8').split('\n')[1:] if split else ():
-                cells = line.rstrip('\r').split('\t')
-                if (split, lang or cells[0]) in rows and line.strip():
-                    rows[split, lang or cells[0]].append([cells[column] for column in columns])
+    if wrapped and '"' not in inner.replace('""', ''):
+        return inner.replace('""', '"')
+    return cell
 
 
 def write_pairs(path, rows):
-    """Write (premise, hypothesis[, label]) rows as XTREME does, with csv.writer; `read_pairs` is its inverse."""
+    """Write rows (premise, hypothesis[, label]) as XTREME does (csv.writer); `read_pairs` is the inverse."""
     with open(path, 'w', encoding='utf-8', newline='') as file:
-        csv.writer(file, delimiter='\t').writerows([cell.strip() for cell in row] for row in rows)
+        csv.writer(file, delimiter='\t').writerows(rows)
+
+
+def describe(path, pairs):
+    """One line about a file: rows, missing labels, PAWS-X's placeholders NS (no sentence; XTREME keeps them)."""
+    line = f'{path}: {len(pairs):,} pairs'
+    if pairs[0].label is None:
+        line += '; no labels: cannot be scored'
+    placeholders = sum('NS' in (pair.premise, pair.hypothesis) for pair in pairs)
+    if placeholders:
+        line += f'; {placeholders} rows with a placeholder NS, kept'
+    return line
+
+
+# ---------------------------------------------------------------- the public releases
+
+class Release(NamedTuple):
+    """An archive of a task: where it lies, the rows that each of its splits has, and its reader."""
+    task: str
+    url: str
+    rows: dict          # split -> rows per language
+    read: Callable      # archive -> {'dev-de.tsv': rows [premise, hypothesis, label], ...}
+
+
+def _raw_rows(content):
+    """The rows of a raw file: without its header, each cell stripped, as XTREME's script does it."""
+    rows = []
+    for line in content.decode('utf-8').split('\n')[1:]:
+        if line.strip():
+            rows.append([cell.strip() for cell in line.split('\t')])
+    return rows
+
+
+def read_pawsx(archive):
+    """x-final.tar.gz, x-final/LANG/{train,dev_2k,test_2k}.tsv: id, sentence1, sentence2, label."""
+    files = {}
+    with tarfile.open(archive, 'r:gz') as source:
+        for member in source:       # read one by one and never extracted: no path in an archive can escape
+            match = re.fullmatch(r'x-final/(\w+)/(train|dev|test)(_2k)?\.tsv', member.name)
+            if match:
+                rows = _raw_rows(source.extractfile(member).read())
+                files[f'{match[2]}-{match[1]}.tsv'] = [cells[1:4] for cells in rows]
+    return files
+
+
+def read_xnli(archive):
+    """XNLI-1.0.zip, XNLI-1.0/xnli.{dev,test}.tsv: language, gold label, ..., sentences in columns 7 and 8."""
+    files = {}
+    with zipfile.ZipFile(archive) as source:
+        for split in ('dev', 'test'):
+            for cells in _raw_rows(source.read(f'XNLI-1.0/xnli.{split}.tsv')):
+                rows = files.setdefault(f'{split}-{cells[0]}.tsv', [])
+                rows.append([cells[6], cells[7], cells[1]])
+    return files
+
+
+def read_xnli_train(archive):
+    """XNLI-MT-1.0.zip, XNLI-MT-1.0/multinli/multinli.train.en.tsv: premise, hypothesis, label."""
+    with zipfile.ZipFile(archive) as source:
+        rows = _raw_rows(source.read('XNLI-MT-1.0/multinli/multinli.train.en.tsv'))
+    return {'train-en.tsv': [cells[:3] for cells in rows]}
+
+
+RELEASES = {
+    'x-final.tar.gz': Release('pawsx', 'https://storage.googleapis.com/paws/pawsx/x-final.tar.gz',
+                              {'train': 49401, 'dev': 2000, 'test': 2000}, read_pawsx),
+    'XNLI-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip',
+                            {'dev': 2490, 'test': 5010}, read_xnli),
+    'XNLI-MT-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip',
+                               {'train': 392702}, read_xnli_train),
+}
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, ValueError)
+NEIGHBOURS = 'synonyms/counterfitted_neighbors.json'        # under DATA
+NEIGHBOURS_URL = 'https://raw.githubusercontent.com/uclanlp/Robust-XLT/master/counterfitted_neighbors.json'
+NEIGHBOURS_SHA256 = '103247143f39bd5dd66850f3a912393392641dbd98093c61e2b24a4cc8a96fb0'
+
+
+def prepare(data, task, archives=(), complete=False, langs=None):
+    """Make sure that the files which a run reads lie under DATA: train-en, dev-en and the tests of `langs`.
+
+    langs None: the task's languages. Files are fetched only where the task's folder holds no .tsv at all: one
+    that does is the user's own, and what is missing in it is an InputError. `complete` fills it all the same,
+    with the other dev files too, and with labels where the test files have none; nothing else is overwritten.
+    Of several processes one prepares, the others wait. If all is there, nothing is written, not even a lock.
+    """
+    if Path(data).is_file():
+        raise InputError(f'{data}: a file; expected the folder that holds {task}/')
+    by_name = _by_name(archives, task)
+    folder = Path(data) / task
+    if not _missing(data, task, complete, langs):
+        return
+    with _alone(folder) as part:
+        missing = _missing(data, task, complete, langs)     # another process may have prepared it meanwhile
+        if missing and not complete and any(folder.glob('*.tsv')):
+            raise InputError(f'{missing[0]}: no such file, and nothing is fetched where others are; `python '
+                             f'data.py {task} --data {data}` completes {folder}, or name its languages (langs)')
+        _fill(folder, part, task, missing, by_name, complete)
+
+
+def _by_name(archives, task):
+    """Archives fetched by hand, by file name. Raises InputError if one is not the task's, or not there."""
+    names = [name for name, release in RELEASES.items() if release.task == task]
+    by_name = {Path(archive).name: archive for archive in archives}
+    for name, archive in by_name.items():
+        if name not in names:
+            raise InputError(f'{archive}: not an archive of {task}; expected {" or ".join(names) or "none"}')
+        if not Path(archive).is_file():
+            raise InputError(f'{archive}: no such file')
+    return by_name
+
+
+def _missing(data, task, complete, langs):
+    """The paths of a run that are not there; `complete`: of the whole task, and its tests without labels."""
+    languages = TASKS[task].languages
+    paths = [path_of(data, task, 'train', 'en')]
+    paths += [path_of(data, task, 'dev', lang) for lang in (languages if complete else ['en'])]
+    paths += [path_of(data, task, 'test', lang) for lang in langs or languages]
+    if task == 'sample':
+        paths += [Path(data) / task / 'synonyms.json', Path(data) / task / 'model']
+    missing = []
+    for path in paths:
+        if not path.exists():
+            missing.append(path)
+        elif complete and path.suffix == '.tsv':
+            unlabelled = read_pairs(path, task)[0].label is None
+            if unlabelled and path.name.startswith('test'):
+                missing.append(path)
+    return missing
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """One process at a time: yields an empty folder beside `path` to write to, gone afterwards."""
+    part = path.with_name(f'{path.name}.part')
+    lock = path.with_name(f'{path.name}.part.lock')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed
+            part.mkdir()
+            try:
+                yield part
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    lock.unlink()                       # those who wait notice, and lock a new one
+    except OSError as error:
+        raise InputError(f'{path}: not all there, and cannot be written: {error.strerror}') from None
+
+
+def _fill(folder, part, task, missing, by_name, complete):
+    """Write what is missing to the folder `part`, and move it to `folder` once it is whole.
+
+    `complete`: archive by archive, so that one that cannot be had does not undo the others.
+    """
+    folder.mkdir(exist_ok=True)
+    if task == 'sample':
+        write_sample(part)
+        _move(part / task, missing)
+    for name, release in RELEASES.items():
+        wanted = [path for path in missing if path.name.split('-')[0] in release.rows]
+        if release.task != task or not wanted:
+            continue
+        archive = by_name.get(name, part / name)
+        if name not in by_name:
+            command = f'`python data.py {task} --data {folder.parent} {name}`'
+            _download(release.url, archive, f'give it to {command}; `--task sample` works without a network')
+        _convert(archive, release, wanted, part)
+        if complete:
+            _move(part, wanted)
+    _move(part, missing)
+
+
+def _move(part, paths):
+    """Move what was written to the folder `part` to its place."""
+    for path in paths:
+        if (part / path.name).exists():
+            os.replace(part / path.name, path)
+
+
+def _convert(archive, release, wanted, part):
+    """Write the wanted files of an archive to the folder `part` in XTREME's layout, and check them."""
+    try:
+        files = release.read(archive)
+    except BROKEN as error:
+        raise InputError(f'{archive}: not the archive of {release.url} ({error}); fetch it again') from None
+    for path in wanted:
+        rows = files.get(path.name, [])
+        expected = release.rows[path.name.split('-')[0]]
+        if len(rows) != expected:
+            count = f'{len(rows)} rows for {path.stem}, expected {expected}'
+            raise InputError(f'{archive}: {count}; fetch it again')
+        write_pairs(part / path.name, rows)
+        read_pairs(part / path.name, release.task)
+
+
+def fetch_neighbours(path):
+    """Fetch the public neighbour file (authors' code) to `path`, unless it is there. Raises InputError."""
+    path = Path(path)
+    if path.exists():
+        return
+    with _alone(path) as part:
+        if not path.exists():
+            _download(NEIGHBOURS_URL, part / path.name, f'keep it as {path}', NEIGHBOURS_SHA256)
+            os.replace(part / path.name, path)
+
+
+def _download(url, path, by_hand, sha256=None):
+    """Fetch url into path, with a progress bar on a terminal. Raises InputError if it cannot be had."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
+    except (OSError, http.client.HTTPException, RuntimeError) as error:     # RuntimeError: another SHA-256
+        reason = getattr(error, 'reason', error)
+        raise InputError(f'{url}: cannot be fetched ({reason}). Fetch it by hand and {by_hand}') from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 # ---------------------------------------------------------------- the sample world
 
 SAMPLE_HIDDEN, SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_WORDS = 64, 30, 3, 3
 SAMPLE_ROWS = {'train': 40000, 'dev': 1000, 'test': 2000}
-SAMPLE_SCALE, SAMPLE_SPREAD = 0.25, 0.05                        # of concepts around 0, of synonyms around them, per coordinate
-SAMPLE_SHIFTS = {f'x{k}': 0.05 * k for k in range(1, 7)}        # of a language's words, root mean square per coordinate
+SAMPLE_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
+SAMPLE_SCALE, SAMPLE_SPREAD = 0.25, 0.05    # of concepts around 0, of synonyms around them, per coordinate
+SAMPLE_SHIFTS = {f'x{k}': 0.05 * k for k in range(1, 7)}    # of a language's words, rms per coordinate
 
 
 def write_sample(data, seed=0):
@@ -250,24 +499,32 @@ def write_sample(data, seed=0):
     file, and a BertModel checkpoint (2 layers, hidden 64) whose word embeddings are these points, whose other
     weights are random, and which has no dropout, so that delta is the only noise.
     """
-    rng, languages = random.Random(seed), TASKS['sample'].languages
-    syllables = [c + v for c in 'bdfgklmnprstvz' for v in 'aeiou']
-    stems = rng.sample([a + b + 'n' for a in syllables for b in syllables], SAMPLE_CONCEPTS * SAMPLE_SYNONYMS)
-    concepts = [stems[i:i + SAMPLE_SYNONYMS] for i in range(0, len(stems), SAMPLE_SYNONYMS)]
-    Path(data).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data) as part:
-        folder = Path(part) / 'sample'
-        folder.mkdir()
-        neighbours = {word: [w for w in concept if w != word] for concept in concepts for word in concept}
-        (folder / 'synonyms.json').write_text(json.dumps(neighbours, indent=1))
-        for split, rows in SAMPLE_ROWS.items():
-            pairs = [_sample_pair(concepts, rng) for _ in range(rows)]
-            for lang in ('en',) if split == 'train' else languages:     # row-aligned, as XTREME's tests are
-                write_pairs(folder / f'{split}-{lang}.tsv',
-                            [[' '.join(_translate(word, lang) for word in side) for side in sides] + [label] for *sides, label in pairs])
-        _write_sample_encoder(folder / 'model', concepts, seed)
-        shutil.rmtree(Path(data) / 'sample', ignore_errors=True)
-        os.replace(folder, Path(data) / 'sample')
+    folder = Path(data) / 'sample'
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    concepts = _sample_concepts(rng)
+    neighbours = {}
+    for concept in concepts:
+        for word in concept:
+            neighbours[word] = [other for other in concept if other != word]
+    (folder / 'synonyms.json').write_text(json.dumps(neighbours, indent=1))
+    for split, count in SAMPLE_ROWS.items():
+        pairs = [_sample_pair(concepts, rng) for _ in range(count)]
+        languages = ['en'] if split == 'train' else TASKS['sample'].languages
+        for lang in languages:          # row-aligned, as XTREME's tests are
+            rows = []
+            for premise, hypothesis, label in pairs:
+                rows.append((_translate(premise, lang), _translate(hypothesis, lang), label))
+            write_pairs(folder / f'{split}-{lang}.tsv', rows)
+    _write_sample_encoder(folder / 'model', concepts, seed)
+
+
+def _sample_concepts(rng):
+    """Each concept as the list of its English words, all of them ending in -n."""
+    syllables = [consonant + vowel for consonant, vowel in itertools.product('bdfgklmnprstvz', 'aeiou')]
+    stems = [first + second + 'n' for first, second in itertools.product(syllables, repeat=2)]
+    words = rng.sample(stems, SAMPLE_CONCEPTS * SAMPLE_SYNONYMS)
+    return [words[start:start + SAMPLE_SYNONYMS] for start in range(0, len(words), SAMPLE_SYNONYMS)]
 
 
 def _sample_pair(concepts, rng):
@@ -275,58 +532,78 @@ def _sample_pair(concepts, rng):
     first = rng.sample(range(len(concepts)), SAMPLE_WORDS)
     second, label = list(first), rng.choice(TASKS['sample'].labels)
     if label == 'different':
-        second[rng.randrange(SAMPLE_WORDS)] = rng.choice([c for c in range(len(concepts)) if c not in first])
-    return [rng.choice(concepts[c]) for c in first], [rng.choice(concepts[c]) for c in second], label
+        other = rng.choice([concept for concept in range(len(concepts)) if concept not in first])
+        second[rng.randrange(SAMPLE_WORDS)] = other
+    premise = [rng.choice(concepts[concept]) for concept in first]
+    hypothesis = [rng.choice(concepts[concept]) for concept in second]
+    return premise, hypothesis, label
 
 
-def _translate(word, lang):
+def _translate(words, lang):
     """The sample world's dictionary: language xk has an ending of its own in place of English's -n."""
-    return word if lang == 'en' else word[:-1] + 'drstlk'[int(lang[1:]) - 1]
+    if lang != 'en':
+        ending = 'drstlk'[int(lang[1:]) - 1]
+        words = [word[:-1] + ending for word in words]
+    return ' '.join(words)
+
+
+def _sample_points(seed):
+    """The word embeddings (words, hidden): special tokens, English words, then the words of each language."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(SAMPLE_CONCEPTS, 1, SAMPLE_HIDDEN, generator=generator)
+    around = torch.randn(SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_HIDDEN, generator=generator)
+    english = (centres * SAMPLE_SCALE + around * SAMPLE_SPREAD).flatten(0, 1)
+    special = torch.randn(len(SAMPLE_SPECIAL), SAMPLE_HIDDEN, generator=generator) * SAMPLE_SCALE
+    points = [special, english]
+    for shift in SAMPLE_SHIFTS.values():
+        direction = torch.nn.functional.normalize(torch.randn(english.shape, generator=generator), dim=-1)
+        points.append(english + shift * SAMPLE_HIDDEN ** 0.5 * direction)
+    return torch.cat(points)
 
 
 def _write_sample_encoder(folder, concepts, seed):
     """A tiny BertModel checkpoint with a word-level tokenizer, as `from_pretrained` reads them."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
-
-    logging.disable_progress_bar()
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(SAMPLE_CONCEPTS, 1, SAMPLE_HIDDEN, generator=generator) * SAMPLE_SCALE
-    around = torch.randn(SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_HIDDEN, generator=generator) * SAMPLE_SPREAD
-    english = (centres + around).flatten(0, 1)
-    special, words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]'], [word for concept in concepts for word in concept]
-    points = [torch.randn(len(special), SAMPLE_HIDDEN, generator=generator) * SAMPLE_SCALE, english]
-    for shift in SAMPLE_SHIFTS.values():
-        direction = torch.nn.functional.normalize(torch.randn(english.shape, generator=generator), dim=-1)
-        points.append(english + shift * SAMPLE_HIDDEN ** 0.5 * direction)
-    vocabulary = special + [_translate(word, lang) for lang in TASKS['sample'].languages for word in words]
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token='[UNK]'))
+    vocabulary = list(SAMPLE_SPECIAL)
+    for lang in TASKS['sample'].languages:
+        for concept in concepts:
+            vocabulary += _translate(concept, lang).split(' ')
+    ids = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token='[UNK]'))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(('[SEP]', 3), ('[CLS]', 2))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]',
-                            sep_token='[SEP]').save_pretrained(folder)
+    tokenizer.post_processor = processors.BertProcessing(('[SEP]', ids['[SEP]']), ('[CLS]', ids['[CLS]']))
+    special = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]'}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
+    fast.save_pretrained(folder)
+
+    sizes = {'hidden_size': SAMPLE_HIDDEN, 'intermediate_size': 4 * SAMPLE_HIDDEN, 'num_hidden_layers': 2,
+             'num_attention_heads': 4, 'max_position_embeddings': 64}
+    dropout = {'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}
+    config = BertConfig(vocab_size=len(ids), initializer_range=0.07, pad_token_id=0, **sizes, **dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=SAMPLE_HIDDEN, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=4 * SAMPLE_HIDDEN, initializer_range=0.07, max_position_embeddings=64, pad_token_id=0,
-                                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    model.get_input_embeddings().weight.data.copy_(torch.cat(points))
+        model = BertModel(config)
+    model.get_input_embeddings().weight.data.copy_(_sample_points(seed))
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
+    share(folder)
 
+
+# ---------------------------------------------------------------- command line
 
 def main():
-    """The command line: fetch or write a task's files, then say what is there."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], epilog='See the top of data.py for the layout.')
-    parser.add_argument('task', choices=TASKS)
-    parser.add_argument('archives', nargs='*', help='archives of the raw public release that were fetched by hand')
-    parser.add_argument('--data', default='download', help='folder in XTREME\'s layout (default: %(default)s)')
+    """Fetch or write a task's files, then say what is there."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     epilog='See the top of data.py for the layout.')
+    parser.add_argument('task', choices=TASKS, help='the task whose files to fetch or write')
+    parser.add_argument('archives', nargs='*', help='archives of the raw public release, fetched by hand')
+    parser.add_argument('--data', default='download', help="folder in XTREME's layout (default: %(default)s)")
     args = parser.parse_args()
     prepare(args.data, args.task, args.archives, complete=True)
     for path in sorted((Path(args.data) / args.task).glob('*.tsv')):
         print(describe(path, read_pairs(path, args.task)))
+    if args.task != 'sample':
+        fetch_neighbours(Path(args.data) / NEIGHBOURS)
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

@@ -1,549 +1,1134 @@
 """Score fine-tuned classifiers in every language of their task; Tables 1 and 2 of the paper from any number of runs.
 
-    python evaluate.py RUN [RUN ...]                    the tables; RUN is a folder that train.py wrote
-    python evaluate.py RUN ... --split dev              the dev files of all languages: what an oracle would choose eps by
-    python evaluate.py RUN ... --generalized            premise in one language, hypothesis in another
-    python evaluate.py RUN ... --smooth 10              the smoothed classifier g of 3.2: majority over noisy passes
-    python evaluate.py RUN ... --regions -o FILE.png    accuracy against the radius, under noise and under attack
-    python evaluate.py FOLDER --task xnli               any Hugging Face classifier with the task's labels
-
-What is measured is kept in RUN/results.json and not measured again; the tables need no model and no data.
-Predictions go to RUN/predictions/TASK/SPLIT-LANG.tsv, one label a line: the form XTREME's evaluation takes.
-A file without labels is predicted but never scored: its language shows '-' and is not in the average.
+PLACEHOLDER
 """
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import json
+import math
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from data import TASKS, InputError, digests, number, path_of, read_pairs, written
+import huggingface_hub
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
 
-# Tables 1 and 2 of the paper, in the order of TASKS' languages; mBERT*: Hu et al. (2020). What follows XTREME's languages is its average.
-PAPER = {
-    'pawsx': {'mBERT*': '94.0 85.7 87.4 87.0 73.0 69.6 77.0 82.0', 'plain': '93.8 85.8 88.7 89.2 74.4 72.8 79.5 83.5',
-              'adv': '93.6 86.6 89.5 87.8 77.2 76.2 80.9 84.5', 'rs_r': '94.7 87.2 89.8 89.6 77.8 78.4 81.8 85.6',
-              'rs_a': '93.6 88.1 88.4 88.6 79.5 77.8 82.2 85.5'},
-    'xnli': {'mBERT*': '80.8 64.3 68.0 70.0 65.3 73.5 73.4 58.9 67.8 49.7 54.1 60.9 57.2 69.3 67.8 65.4',
-             'plain': '81.9 65.0 67.6 70.3 66.4 74.3 73.9 59.8 67.8 51.5 54.3 61.3 57.9 70.7 68.5 66.1',
-             'adv': '81.9 64.9 68.3 71.7 66.5 74.4 74.5 59.6 68.8 48.8 50.6 61.7 59.2 70.0 69.4 66.0',
-             'rs_r': '82.4 65.9 68.6 71.0 67.4 74.9 74.1 60.1 69.7 49.3 51.9 60.3 59.4 70.3 69.6 66.3',
-             'rs_a': '80.0 65.5 69.5 71.7 67.6 74.1 73.8 61.5 69.6 51.3 54.8 63.3 60.3 70.4 70.3 66.9'},
-}
-RADII = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)        # of --regions (ours)
-# What distinguishes two runs of a method beyond eps and seed; all else must agree for runs to be compared.
-OWN = {'plain': (), 'adv': ('layer', 'adv_steps', 'adv_step_size', 'plain_steps'), 'rs_r': ('layer',),
-       'rs_a': ('m', 'p', 'replace', 'english_only', 'synonyms')}
-NEVER_COMPARED = {'method', 'eps', 'seed', 'out', 'data', 'epochs', *(name for names in OWN.values() for name in names)}
+import robust
+from data import TASKS, InputError, Pair, in_range, languages_of, path_of, progress, read_pairs, replacing, run_script
+
+MBERT = 'bert-base-multilingual-cased'      # paper
 
 
-def parse_args(words=None):
-    """The command line, or these words of one."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], epilog='See the top of evaluate.py for what is written.')
-    add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='folder that train.py wrote, or with --task any Hugging Face classifier')
-    add('--markdown', action='store_true', help='print tables for a README')
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument('--split', choices=('test', 'dev'), default='test')
-    what.add_argument('--generalized', action='store_true', help='premise in one language, hypothesis in another: all pairs of languages')
-    what.add_argument('--smooth', type=number(int, 1), metavar='N', help='majority over N noisy passes')
-    what.add_argument('--regions', action='store_true', help='accuracy against the radius of random noise and of a PGD attack')
-    add('--task', choices=TASKS, help='of a classifier that train.py did not make')
-    add('--data', help='folder in XTREME\'s layout; scores anew (default: what the run was trained on, scored once)')
-    add('--eps', type=number(float, 0), help='--smooth: radius of the noise (default: the one of the training)')
-    add('--radii', type=number(float, 0), nargs='+', default=RADII, help='--regions (default: %(default)s)')
-    add('--steps', type=number(int, 0), default=10, help='--regions: sign steps of the attack (default: %(default)s)')
-    add('--max-eval', type=number(int, 1), help='the first N pairs of each file only (default: as the run)')
-    add('--langs', nargs='+', help='--regions, --generalized: these languages only')
-    add('--seed', type=number(int, 0, 2 ** 63), default=42, help='of the noise (default: %(default)s)')
-    add('--batch', type=number(int, 1), default=64, help='pairs at once (default: %(default)s)')
-    add('--float32', action='store_true', help='no bfloat16 (default: as the run was trained)')
-    add('-o', '--output', metavar='FILE', help='--regions: a picture, .png or .svg')
-    return parser.parse_args(words)
+# ---------------------------------------------------------------- models
+
+@functools.cache
+def say(line):
+    """A line on stderr, once however often it is said, by the first process alone."""
+    if os.environ.get('RANK', '0') == '0':
+        print(line, file=sys.stderr)
 
 
-command = parse_args() if __name__ == '__main__' else None      # before torch is loaded: --help and a typo answer at once
+def choose_device(float32=False):
+    """Where to compute and in what: (torch.device, autocast dtype), said on stderr.
 
-import huggingface_hub  # noqa: E402
-import torch            # noqa: E402
-from safetensors import SafetensorError     # noqa: E402
-from tqdm import tqdm   # noqa: E402
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging     # noqa: E402
-
-import robust           # noqa: E402
-
-
-# ---------------------------------------------------------------- predicting
-
-def device_and_dtype(float32=False):
-    """Where to compute, and in what: (torch.device, autocast dtype). bfloat16 where the hardware multiplies it."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if device.type == 'cuda':
+    bfloat16 (ours) where the hardware multiplies it.
+    """
+    if torch.cuda.is_available():
+        device, name = torch.device('cuda'), torch.cuda.get_device_name()
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        cpu = getattr(torch.cpu, 'get_capabilities', dict)()
-        fast = bool(cpu.get('avx512_bf16') or cpu.get('amx_bf16'))
-    return device, torch.bfloat16 if fast and not float32 else torch.float32
+        device, name = torch.device('cpu'), f'CPU, {torch.get_num_threads()} threads, as there is no CUDA GPU'
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+        fast = bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
+        if torch.backends.mps.is_available() or torch.xpu.is_available():
+            name += " (this machine's own is not used: nothing here was tested on one)"
+    if float32:
+        say(f'device: {name}; float32, as asked')
+        return device, torch.float32
+    say(f'device: {name}; ' + ('bfloat16' if fast else 'float32, as it does not multiply bfloat16'))
+    return device, torch.bfloat16 if fast else torch.float32
 
 
-def collate(tokenizer, pairs, max_length):
-    """Tokenise pairs -> list of dicts of lists, a pair each: what `tokenizer.pad` takes."""
-    encoded = tokenizer([pair.premise for pair in pairs], [pair.hypothesis for pair in pairs],
-                        truncation=True, max_length=max_length)
-    return [{name: encoded[name][i] for name in encoded} for i in range(len(pairs))]
-
-
-def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_length=128, desc=None, delta=None, layer=0, passes=1):
-    """argmax_c f(Enc(x))_c for each pair -> tensor of label indices (pairs,). Leaves the model in eval mode.
-
-    `delta`: a function, (inputs, labels) of a batch -> the perturbation of Enc(x), which ends at `layer`.
-    Of several passes the majority: with a random delta the smoothed classifier g (3.2).
-    """
-    model.eval()
-    features = collate(tokenizer, pairs, max_length)
-    # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
-    # so that memory that does not suffice shows at once.
-    order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
-    winners, finite = [], []
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        for start in tqdm(range(0, len(order), batch), desc=desc, leave=False, disable=desc is None or not sys.stderr.isatty(), unit='batch'):
-            chosen = order[start:start + batch]
-            inputs = tokenizer.pad([features[i] for i in chosen], return_tensors='pt').to(model.device)
-            votes = 0
-            for _ in range(passes):
-                noise = contextlib.nullcontext()
-                if delta:
-                    labels = torch.tensor([pairs[i].label or 0 for i in chosen], device=model.device)
-                    noise = robust.perturbed(model, delta(inputs, labels), layer)
-                with noise, torch.inference_mode():
-                    logits = model(**inputs).logits
-                finite.append(logits.isfinite().all())
-                votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
-            winners.append(votes.argmax(-1))
-    if not torch.stack(finite).all():       # at the end, as is the copy from the GPU: each would wait for it
-        raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; try a smaller --lr or --eps, or --float32')
-    predicted = torch.empty(len(pairs), dtype=torch.long)
-    predicted[order] = torch.cat(winners).cpu()
-    return predicted
-
-
-def marks(predicted, pairs):
-    """'1' for each pair that is right and '0' for each that is wrong, as one string; None where the pairs have no labels."""
-    if any(pair.label is None for pair in pairs):
-        return None
-    return ''.join('01'[p == pair.label] for p, pair in zip(predicted.tolist(), pairs, strict=True))
-
-
-def accuracy(marks):
-    """Accuracy in percent of `marks`, or None."""
-    return marks and 100 * marks.count('1') / len(marks)
-
-
-def read_as(model, task, data, split, lang, max_eval=None):
-    """A file's pairs, their labels as the model numbers them. Raises InputError if its labels are not the task's."""
-    ids = {str(name).lower(): int(i) for i, name in model.config.id2label.items()}
-    if set(ids) != set(TASKS[task].labels):
-        raise InputError(f'{model.config.name_or_path}: labels {", ".join(ids)}; {task} has {", ".join(TASKS[task].labels)}')
-    order = [ids[label] for label in TASKS[task].labels]
-    return [pair if pair.label is None else pair._replace(label=order[pair.label])
-            for pair in read_pairs(path_of(data, task, split, lang), task)[:max_eval]]
-
-
-def score(model, tokenizer, task, data, out, *, split='test', max_eval=None, eps=None, seed=None, **options):
-    """Predict every language's SPLIT file, write out/TASK/SPLIT-LANG.tsv -> dict, language -> marks or None.
-
-    With `eps` the smoothed classifier (3.2): uniform noise in each of `passes` passes, drawn from `seed`.
-    """
-    folder, found = Path(out) / task, {}
-    folder.mkdir(parents=True, exist_ok=True)
-    if eps is not None:
-        noise = torch.Generator(model.device).manual_seed(seed)
-        options['delta'] = lambda inputs, labels: robust.uniform_delta(model, inputs, eps, noise)
-    for lang in TASKS[task].languages:
-        pairs = read_as(model, task, data, split, lang, max_eval)
-        predicted = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
-        with written(folder / f'{split}-{lang}.tsv') as part:
-            part.write_text(''.join(f'{model.config.id2label[i]}\n'.lower() for i in predicted.tolist()))
-        found[lang] = marks(predicted, pairs)
-    return found
-
-
-def generalized(model, tokenizer, task, data, *, langs, max_eval=None, **options):
-    """The published version's generalised setting: premise in one language, hypothesis in another -> {a: {b: accuracy or None}}.
-
-    Made from the row-aligned test files. A row whose two labels differ is left out: in PAWS-X a translator's
-    'no sentence' is labelled 0. Where one language has no labels the other's serve; where neither has, None.
-    """
-    files = {lang: read_as(model, task, data, 'test', lang, max_eval) for lang in langs}
-    if len({len(pairs) for pairs in files.values()}) > 1:
-        raise InputError(f'{Path(data) / task}: test files of different lengths; --generalized needs row-aligned ones')
-    found = {first: {} for first in langs}
-    for first in langs:
-        for second in langs:
-            pairs = [a._replace(hypothesis=b.hypothesis, label=b.label if a.label is None else a.label)
-                     for a, b in zip(files[first], files[second]) if None in (a.label, b.label) or a.label == b.label]
-            found[first][second] = None if not pairs or pairs[0].label is None else accuracy(
-                marks(predict(model, tokenizer, pairs, desc=f'{first}-{second}', **options), pairs))
-    return found
-
-
-def regions(model, tokenizer, task, data, *, langs, radii, steps, layer, seed, max_eval=None, **options):
-    """Accuracy against the radius of the L-inf ball -> {'noise' or 'attack': {language: [accuracy per radius]}}.
-
-    noise: delta uniform in the ball, one draw a pair; attack: `steps` sign steps from a random start (3.1's maximisation).
-    """
-    found = {'noise': {}, 'attack': {}}
-    for lang in langs:
-        pairs = read_as(model, task, data, 'test', lang, max_eval)
-        for kind, rows in found.items():
-            rows[lang] = []
-            for eps in radii:
-                ball = dict(eps=eps, generator=torch.Generator(model.device).manual_seed(seed))
-
-                def delta(inputs, labels):
-                    """A draw from the ball, or the worst point found in it."""
-                    if kind == 'noise':
-                        return robust.uniform_delta(model, inputs, **ball)
-                    return robust.worst_delta(model, {**inputs, 'labels': labels}, steps=steps, layer=layer, **ball)
-                predicted = predict(model, tokenizer, pairs, delta=delta, layer=layer, desc=f'{kind} {lang} {eps:g}', **options)
-                rows[lang].append(accuracy(marks(predicted, pairs)))
-    return found
-
-
-# ---------------------------------------------------------------- models and run folders
-
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)     # what from_pretrained raises on broken files
+def default_model(task, data):
+    """mBERT (paper); in the sample world the encoder that lies in its folder."""
+    return f'{data}/sample/model' if task == 'sample' else MBERT
 
 
 def load_encoder(name, task, freeze_embeddings=False, layer=0):
-    """The pre-trained encoder with a new head, its labels named. Raises InputError if it cannot be had or lacks the layer."""
-    labels, reason, local = TASKS[task].labels, None, Path(name).exists()
-    quiet()
-    if not local:
-        try:
-            huggingface_hub.model_info(name, timeout=10)
-        except Exception as error:      # ask the hub once: without a network from_pretrained would for a minute, the cache may do
-            reason, local = error, True
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(labels), local_files_only=local, id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)})
-    except UNREADABLE as error:
-        raise InputError(f'--model {name}: cannot be had ({str(reason or error).splitlines()[0]}). Give a folder with config.json, '
-                         'model.safetensors and tokenizer.json; `python train.py --task sample --method rs_r` needs none') from None
-    try:
-        robust.end_of_enc(model, layer)
-    except ValueError as error:
-        raise InputError(f'{name}: {error}') from None
+    """The pre-trained encoder with a new head, its labels named, float32 -> model, tokenizer. Raises InputError.
+
+    The head's weights are drawn from torch's random state. A classifier with the task's very labels keeps its head.
+    """
+    labels = TASKS[task].labels
+    options = {'num_labels': len(labels), 'id2label': dict(enumerate(labels)),
+               'label2id': {label: i for i, label in enumerate(labels)}, 'ignore_mismatched_sizes': True}
+    config, model, tokenizer, random = from_pretrained(name, **options)
+    inside = f'{model.base_model_prefix}.'
+    lost = [key for key in random if key.startswith(inside) and 'pooler' not in key]
+    if lost:
+        raise InputError(f'{name}: {len(lost)} of its weights are missing ({lost[0]}, ...), which would be random; '
+                         'expected the checkpoint of a pre-trained encoder')
+    if (config.architectures or [''])[0].endswith('ForSequenceClassification'):
+        theirs = [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
+        if theirs == list(labels):
+            say(f'{name}: already a classifier of {task}; its head is kept')
+        else:
+            say(f'{name}: a classifier of {", ".join(theirs)}; it gets a new head for {task}')
+            fresh = AutoModelForSequenceClassification.from_config(model.config).state_dict()
+            model.load_state_dict({key: value for key, value in fresh.items() if not key.startswith(inside)}, strict=False)
+    check_encoder(name, model, tokenizer, layer)
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     return model, tokenizer
 
 
-def load(folder):
-    """A sequence classifier and its tokenizer from a Hugging Face folder or name. Raises InputError."""
-    quiet()
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except UNREADABLE as error:
-        raise InputError(f'{folder}: not a Hugging Face classifier ({str(error).splitlines()[0]})') from None
+def load(name):
+    """A fine-tuned classifier and its tokenizer, float32, from a Hugging Face folder or name. Raises InputError."""
+    _, model, tokenizer, random = from_pretrained(name)
+    if random:
+        raise InputError(f'{name}: {len(random)} of its weights are missing ({random[0]}, ...); expected a fine-tuned classifier')
+    check_encoder(name, model, tokenizer)
+    return model, tokenizer
 
 
-def quiet():
-    """Silence transformers' reports (a new head, tokenizer hints): one progress bar is enough."""
-    logging.set_verbosity_error()
+def from_pretrained(name, **options):
+    """transformers' loading -> config as stored, model, tokenizer, names of the weights that were not there."""
+    logging.set_verbosity_error()       # its reports (a new head, hints on tokenizers) are said here in a line, or not
     logging.disable_progress_bar()
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'      # else it warns when the data worker is forked
-
-
-def read_results(run):
-    """The results.json of a run folder -> dict. Raises InputError."""
-    try:
-        results = json.loads((Path(run) / 'results.json').read_text())
-        _ = results['args']['task'], results['args']['method'], results['dtype'], results['test'].items(), results['test_marks'].items()
-        return results
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f'{run}: no results.json of train.py in it; expected a run folder, or --task for another classifier') from None
-
-
-def write_results(run, results):
-    """Write RUN/results.json."""
-    with written(Path(run) / 'results.json') as part:
-        part.write_text(json.dumps(results, indent=1))
-
-
-class Run:
-    """A run folder: its results, and its model once something has to be measured."""
-
-    def __init__(self, folder, args=None):
-        args = args or parse_args([str(folder)])
-        self.folder, self.name, self.foreign = folder, Path(folder).name, bool(args.task) and not (Path(folder) / 'results.json').exists()
-        if self.foreign:
-            self.results = {'dtype': None, 'args': {'task': args.task, 'method': self.name, 'eps': None, 'seed': None, 'layer': 0, 'epochs': None,
-                                                    'data': args.data or 'download', 'max_length': 128, 'max_eval': args.max_eval}}
-        else:
-            self.results = read_results(folder)
-        self.trained = self.results['args']
-        self.task, self.data = self.trained['task'], args.data or self.trained['data']
-        self.max_eval = args.max_eval or self.trained['max_eval']
-        self.device, self.dtype = device_and_dtype(args.float32 or self.results['dtype'] == 'torch.float32')
-        self.options = dict(dtype=self.dtype, batch=args.batch, max_length=self.trained['max_length'])
-
-    def measure(self, function, *where, **settings):
-        """function(model, tokenizer, task, data, *where, **settings) on this run's model."""
-        model, tokenizer = load(self.folder)
+    where = {'trust_remote_code': False}
+    reason = None
+    if not Path(name).exists():
         try:
-            return function(model.to(self.device), tokenizer, self.task, self.data, *where, **settings, **self.options)
-        except torch.OutOfMemoryError as error:
-            raise InputError(f'{self.folder}: out of GPU memory ({str(error).split(".")[0]}); try a smaller --batch') from None
-
-    def kept(self, name, function, *where, **settings):
-        """`measure`, unless results.json holds it under `name`, made with the same settings."""
-        for held in self.results.get(name, ()):
-            if held['settings'] == settings:
-                return held['found']
-        found = self.measure(function, *where, **settings)
-        self.results.setdefault(name, []).append({'settings': settings, 'found': found})
-        self.write()
-        return found
-
-    def smoothed(self, passes, eps, seed):
-        """Accuracy of the smoothed classifier g per language."""
-        eps = self.trained['eps'] if eps is None else eps
-        if eps is None:
-            raise InputError(f'{self.folder}: {self.trained["method"]} has no eps of its own; say --eps with --smooth')
-        found = self.kept('smoothed', score, Path(self.folder) / 'predictions-smoothed', passes=passes, eps=eps, layer=self.trained['layer'],
-                          seed=seed, max_eval=self.max_eval)
-        return {lang: accuracy(row) for lang, row in found.items()}
-
-    def score(self):
-        """Score the test files anew."""
-        found = self.measure(score, Path(self.folder) / 'predictions', max_eval=self.max_eval)
-        self.results |= {'test': {lang: accuracy(row) for lang, row in found.items()}, 'test_marks': found, 'files': digests(self.data, self.task)}
-        self.write()
-
-    def write(self):
-        """Keep the results, in a folder that train.py wrote."""
-        if not self.foreign:
-            write_results(self.folder, self.results)
+            huggingface_hub.model_info(name, timeout=10)
+        except Exception as error:      # ask the hub once: without a network transformers would for a minute
+            reason = error
+            where['local_files_only'] = True
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+        if config.is_encoder_decoder:
+            raise InputError(f'{name}: an encoder-decoder ({config.model_type}); expected an encoder, such as {MBERT}')
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **where, **options)
+    except InputError:
+        raise
+    except Exception as error:          # whatever broken or foreign files make transformers raise
+        raise InputError(f'{name}: cannot be loaded ({first_line(reason or error)}); expected the name of a model, or '
+                         'a folder with config.json, model.safetensors and tokenizer.json') from None
+    for setting in where:               # else they would be written into the checkpoint's tokenizer_config.json
+        tokenizer.init_kwargs.pop(setting, None)
+    return config, model, tokenizer, sorted(info['missing_keys']) + sorted(key[0] for key in info['mismatched_keys'])
 
 
-# ---------------------------------------------------------------- tables
+def check_encoder(name, model, tokenizer, layer=0):
+    """Raise InputError where tokenizer and encoder do not serve for pairs of sentences, or delta does not reach `layer`.
 
-def render(head, rows, markdown=False):
-    """A table as text or for a README: `head` names the columns, a row is (name, cells)."""
-    if markdown:
-        return '\n'.join(f'| {" | ".join(row)} |' for row in [['', *head], ['---'] * (len(head) + 1), *([name, *cells] for name, cells in rows)])
-    first, widths = max(len(name) for name, _ in rows), [max(6, len(column) + 1) for column in head]
-    return '\n'.join(f'{name:{first}}' + ''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths)) for name, cells in [('', head), *rows])
-
-
-def with_average(scores, form='{:.1f}'):
-    """Cells of {language: number or None}, and the average over those that are there."""
-    known = [score for score in scores.values() if score is not None]
-    return ['-' if score is None else form.format(score) for score in [*scores.values(), sum(known) / len(known) if known else None]]
-
-
-def unlabelled(scores):
-    """The note under a table in which languages have no labels, or nothing."""
-    missing = [lang for lang, score in scores.items() if score is None]
-    return [f'-: no labels in the file ({", ".join(missing)}); not in the average. XTREME\'s script strips them from the '
-            'test files; `python data.py TASK` fetches the files with labels'] if missing else []
-
-
-def groups_of(runs):
-    """Runs that may be compared: same task, data, model and budget -> list of lists. RS-A's epochs, over its own data, are no budget."""
-    groups = []
-    for run in sorted(runs, key=lambda run: run.trained['method'] == 'rs_a'):
-        setting = {name: value for name, value in run.trained.items() if name not in NEVER_COMPARED} | {'files': run.results.get('files')}
-        epochs = run.trained['epochs'] if run.trained['method'] != 'rs_a' else None
-        fitting = [group for group in groups if group[0] == setting and (epochs is None or epochs == group[1])]
-        for group in fitting or [(setting, epochs, [])]:
-            group[2].append(run)
-            groups += [group] * (not fitting)
-    return [runs for _, _, runs in groups]
-
-
-def by_variant(runs):
-    """The runs of a group by method and its own arguments, then by eps -> {label: {eps: runs}}, in the order of the paper's tables."""
-    found = {}
-    for run in runs:
-        own = tuple((name, run.trained.get(name)) for name in (*OWN.get(run.trained['method'], ()), *['epochs'] * (run.trained['method'] == 'rs_a')))
-        found.setdefault((run.trained['method'], own), {}).setdefault(run.trained['eps'], []).append(run)
-    labelled = {}
-    for (method, own), by_eps in sorted(found.items(), key=lambda item: [*OWN, item[0][0]].index(item[0][0])):
-        others = [other for name, other in found if name == method and other != own]
-        label = ' '.join([method, *(f'{name}={value}' for name, value in own if any(dict(other)[name] != value for other in others))])
-        labelled[label] = dict(sorted(by_eps.items(), key=lambda item: item[0] or 0))
-    return labelled
-
-
-def correct(runs, known, name='test_marks'):
-    """Which test items each run has right: float64 (seeds, items, languages)."""
-    rows = [[[int(mark) for mark in run.results[name][lang]] for lang in known] for run in runs]
-    if len({len(row) for seed in rows for row in seed}) > 1:
-        raise InputError(f'{runs[0].folder}: files of different lengths; a comparison needs row-aligned ones')
-    return torch.tensor(rows, dtype=torch.double).transpose(1, 2)
-
-
-def averaged(scores):
-    """Append the average over languages: (..., languages) -> (..., languages + 1)."""
-    return torch.cat([scores, scores.mean(-1, keepdim=True)], -1)
-
-
-def interval(ours, plain, resamples=2000, seed=0):
-    """The difference in accuracy, in points, and its 95% interval by a paired bootstrap over test items: three (languages + 1,).
-
-    `ours`, `plain`: as `correct`. The items of a row are translations of one another and are drawn together,
-    as are its seeds: what the interval covers is the choice of the test items, not of the seeds.
+    Found out with one pair, before hours are spent. A tokenizer without a pad token gets its end token for it.
     """
-    difference = 100 * averaged(ours.mean(0) - plain.mean(0))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.stack([difference[torch.randint(len(difference), (len(difference),), generator=generator)].mean(0) for _ in range(resamples)])
-    return difference.mean(0), *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.all_special_tokens):
+        raise InputError(f'{name}: a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
+                         'sentencepiece.bpe.model) beside the weights')
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f'{name}: its tokenizer has neither a pad nor an end token; name a pad_token in '
+                             'tokenizer_config.json')
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        first, second = (tokenizer(text, add_special_tokens=False)['input_ids'] for text in ('one two', 'three'))
+        pair = tokenizer('one two', 'three', return_tensors='pt')
+        ids = pair['input_ids'][0].tolist()
+        delta = robust.uniform_delta(model, pair, 0.0, layer)
+        with torch.no_grad(), robust.perturbed(model.eval(), delta, layer):
+            model(**pair)
+    except InputError as error:
+        raise InputError(f'{name}: {error}') from None
+    except Exception as error:
+        raise InputError(f'{name}: cannot classify a pair of sentences ({first_line(error)}); use another encoder') from None
+    together = first + second
+    if any(ids[at:at + len(together)] == together for at in range(len(ids))):
+        raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; use another encoder')
 
 
-def chosen_eps(by_eps, scores):
-    """The eps with the best mean score over its seeds; of equals the smallest."""
-    return max(by_eps, key=lambda eps: sum(scores(run) for run in by_eps[eps]) / len(by_eps[eps]))
+def first_line(error):
+    """What an exception says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def oracle(by_eps, known):
-    """Test accuracy where each language chooses eps on its own dev file: (languages,). None where that was not scored."""
-    if len(by_eps) < 2 or not all('dev_marks' in run.results for runs in by_eps.values() for run in runs):
-        return None
-    best = [by_eps[chosen_eps(by_eps, lambda run: accuracy(run.results['dev_marks'][-1]['found'][lang]))] for lang in known]
-    return torch.stack([100 * correct(runs, [lang]).mean() for runs, lang in zip(best, known)])
+def fingerprint(model, tokenizer):
+    """16 hex digits of what was pre-trained: the encoder's weights, as float32, and the vocabulary; pooler and head left out."""
+    found = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for name, weight in sorted(model.base_model.named_parameters()):
+        if 'pooler' not in name:
+            found.update(name.encode())
+            found.update(weight.detach().cpu().contiguous().numpy())
+    return found.hexdigest()[:16]
 
 
-def comparison(runs):
-    """The rows and notes of one group's table: ours, its deviation over seeds, the difference to plain, the paper's own row."""
-    task, variants, rows, notes = runs[0].task, by_variant(runs), [], []
-    languages = TASKS[task].languages
-    known = [lang for lang in languages if all(run.results['test_marks'][lang] is not None for run in runs)]
-
-    def add(name, values, form='{:.1f}'):
-        """Append a row; `values`: of the known languages and their average."""
-        cells = dict(zip([*known, 'avg.'], values))
-        rows.append((name, [form.format(float(cells[lang])) if lang in cells else '-' for lang in [*languages, 'avg.']]))
-
-    def add_paper(name):
-        """Append the paper's own row, averaged over the languages known here."""
-        printed = dict(zip(languages, PAPER.get(task, {}).get(name, '').split()))
-        if printed:
-            add(f'  paper, {name}', averaged(torch.tensor([float(printed[lang]) for lang in known])))
-    plain = next((correct(by_eps[None], known) for label, by_eps in variants.items() if label == 'plain' and known), None)
-    add_paper('mBERT*')
-    for label, by_eps in variants.items():
-        eps = chosen_eps(by_eps, lambda run: run.results.get('dev', 0))
-        ours = correct(by_eps[eps], known) if known else torch.zeros(len(by_eps[eps]), 1, 0)
-        scores = averaged(100 * ours.mean(1))
-        add(label + ('' if eps is None else f' {eps:g}'), scores.mean(0))
-        if len(scores) > 1:
-            add(f'  sd of {len(scores)} seeds', scores.std(0))
-        if plain is not None and label != 'plain':
-            for name, values in zip(('  minus plain', '    95% from', '    to'), interval(ours, plain)):
-                add(name, values, '{:+.1f}')
-        best = oracle(by_eps, known)
-        if best is not None:
-            add('  oracle eps', averaged(best))
-        add_paper(label.split()[0])
-        if len(by_eps) > 1:
-            notes.append(f'{label}: eps by English dev, mean over seeds: ' + ', '.join(
-                f'{e:g} {sum(run.results["dev"] for run in found) / len(found):.1f} (n={len(found)})' for e, found in by_eps.items()))
-    return rows, notes + unlabelled({lang: lang in known or None for lang in languages})
+def longest(model, tokenizer, max_length):
+    """How many tokens an input may have: max_length, or as many as the encoder has positions, which is then said."""
+    most = tokenizer.model_max_length
+    for name, module in model.base_model.named_modules():
+        if name.endswith('position_embeddings') and isinstance(module, torch.nn.Embedding):
+            # XLM-R and its kind count positions from behind the padding's.
+            used = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = min(most, module.num_embeddings - used)
+    if most < max_length:
+        say(f'the encoder takes {most} tokens, not {max_length}; what is longer is cut')
+    return min(most, max_length)
 
 
-def report(runs, markdown=False):
-    """Print Tables 1 and 2 from runs: one table for each group of runs that belong together."""
-    groups = groups_of(runs)
-    for group in groups:
-        own = {name: value for name, value in group[0].trained.items() if name not in NEVER_COMPARED}
-        others = [{**other[0].trained, 'files': other[0].results.get('files')} for other in groups if other is not group]
-        differing = [f'{name}={value}' for name, value in own.items() if any(other.get(name) != value for other in others)]
-        differing += ['other data files'] * any(other['files'] != group[0].results.get('files') for other in others if other['task'] == own['task'])
-        rows, notes = comparison(group)
-        print(f'{own["task"]}, test accuracy in percent' + ''.join(f', {part}' for part in differing if not part.startswith('task=')))
-        print(render([*TASKS[own['task']].languages, 'avg.'], rows, markdown), *notes, sep='\n', end='\n\n' if group is not groups[-1] else '\n')
+# ---------------------------------------------------------------- scoring
+
+def encode(tokenizer, pairs, max_length):
+    """Tokenise pairs -> their features, a list of dicts that `tokenizer.pad` takes, and how many pairs were cut."""
+    premises, hypotheses = [pair.premise for pair in pairs], [pair.hypothesis for pair in pairs]
+    encoded = tokenizer(premises, hypotheses, truncation=True, max_length=max_length)
+    features = [{name: encoded[name][i] for name in encoded} for i in range(len(pairs))]
+    cut = 0
+    for pair, feature in zip(pairs, features):
+        if len(feature['input_ids']) == max_length:
+            cut += len(tokenizer(pair.premise, pair.hypothesis)['input_ids']) > max_length
+    return features, cut
 
 
-# ---------------------------------------------------------------- the command line
+def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_length=128, desc='predicting',
+            delta=None, layer=0, passes=1):
+    """argmax_c f(Enc(x))_c for each Pair -> label indices (pairs,), and how many pairs were cut at max_length tokens.
 
-def picture(runs, found, radii, path):
-    """--regions as a picture: a panel a language, a colour a run, solid under noise, dashed under attack."""
+    `delta`: a function, (inputs, labels) of a batch -> the perturbation of Enc(x), which ends at `layer`.
+    Of several passes the majority, of tied classes the one with the highest mean probability: with a random delta
+    the smoothed classifier g (3.2). Leaves the model in eval mode. Raises InputError for logits that are not finite.
+    """
+    if not all(isinstance(pair, Pair) for pair in pairs):
+        raise InputError('predict takes a list of data.Pair(premise, hypothesis, label); the label may be None')
+    model.eval()
+    features, cut = encode(tokenizer, pairs, max_length)
+    # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
+    # so that memory that does not suffice shows at once.
+    order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
+    winners, finite = [], []
+    for start in progress(range(0, len(order), batch), desc=desc, unit='batch'):
+        chosen = order[start:start + batch]
+        inputs = tokenizer.pad([features[i] for i in chosen], return_tensors='pt').to(model.device)
+        labels = torch.tensor([pairs[i].label or 0 for i in chosen], device=model.device)
+        votes = 0
+        for _ in range(passes):
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                noise = contextlib.nullcontext()
+                if delta:
+                    noise = robust.perturbed(model, delta(inputs, labels), layer)
+                with noise, torch.inference_mode():
+                    logits = model(**inputs).logits.float()
+            finite.append(logits.isfinite().all())
+            votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+            votes = votes + logits.softmax(-1) / (passes + 1)       # all passes together less than one vote
+        winners.append(votes.argmax(-1))
+    if not torch.stack(finite).all():       # at the end, as is the copy from the GPU: each would wait for it
+        raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; train it with a smaller lr '
+                         'or eps, or in float32')
+    predicted = torch.empty(len(pairs), dtype=torch.long)
+    predicted[order] = torch.cat(winners).cpu()
+    return predicted, cut
+
+
+def marks(predicted, pairs):
+    """'1' for each pair that is right and '0' for each that is wrong, as one string; None where a pair has no label."""
+    found = ''
+    for prediction, pair in zip(predicted.tolist(), pairs, strict=True):
+        if pair.label is None:
+            return None
+        found += '1' if prediction == pair.label else '0'
+    return found
+
+
+def accuracy(marks):
+    """Accuracy in percent of `marks`, or None."""
+    return None if marks is None else 100 * marks.count('1') / len(marks)
+
+
+def label_order(model, task):
+    """The model's number of each of the task's labels. Raises InputError if it has other labels."""
+    labels = TASKS[task].labels
+    ids = {str(name).lower(): int(i) for i, name in model.config.id2label.items()}
+    if set(ids) != set(labels):
+        wanted = json.dumps(dict(enumerate(labels)))
+        raise InputError(f'{model.config.name_or_path}: its labels are {", ".join(ids)}; {task} has {", ".join(labels)}. '
+                         f'If they mean the same, say so in its config.json: "id2label": {wanted}, in its own order')
+    return [ids[label] for label in labels]
+
+
+def read_as(model, task, data, split, lang, max_eval=None):
+    """A file's first max_eval pairs, their labels as the model numbers them."""
+    order = label_order(model, task)
+    pairs = []
+    for pair in read_pairs(path_of(data, task, split, lang), task)[:max_eval]:
+        label = None if pair.label is None else order[pair.label]
+        pairs.append(pair._replace(label=label))
+    return pairs
+
+
+def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, predictions=None, **options):
+    """Predict the SPLIT file of each language -> {lang: {'marks', 'cut', 'answers'}}.
+
+    `marks` as the function, `cut` the pairs that were cut at max_length tokens, `answers` how often each of the task's
+    labels was given. `predictions`: a folder that gets LANG's answers as SPLIT-LANG.tsv, one label a line, which
+    XTREME's evaluation takes. Of the dev files English alone has to be there. `options` go to `predict`.
+    """
+    labels = TASKS[task].labels
+    order = label_order(model, task)
+    found = {}
+    for lang in langs:
+        if split == 'dev' and lang != 'en' and not path_of(data, task, split, lang).exists():
+            continue
+        pairs = read_as(model, task, data, split, lang, max_eval)
+        predicted, cut = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
+        answers = [int((predicted == number).sum()) for number in order]
+        found[lang] = {'marks': marks(predicted, pairs), 'cut': cut, 'answers': answers}
+        if predictions:
+            Path(predictions).mkdir(parents=True, exist_ok=True)
+            names = [labels[order.index(number)] for number in predicted.tolist()]
+            with replacing(Path(predictions) / f'{split}-{lang}.tsv') as part:
+                part.write_text(''.join(f'{name}\n' for name in names), encoding='utf-8')
+    return found
+
+
+def say_cut(found, max_length):
+    """Say how many pairs of each language were cut, if any. `found`: as `score` gives it, or {lang: count}."""
+    cut = {lang: row['cut'] if isinstance(row, dict) else row for lang, row in found.items()}
+    parts = [f'{lang} {count:,}' for lang, count in cut.items() if count]
+    if parts:
+        say(f'pairs of more than {max_length} tokens, cut there: {", ".join(parts)}')
+
+
+# ---------------------------------------------------------------- records
+
+def read_records(names):
+    """The records of runs -> list of dicts, each with its `name` (results.json, a line of train.py's, has all else).
+
+    A name is a run folder or a .jsonl file of such lines (`cat RUN/results.json ... > FILE.jsonl`). Raises InputError.
+    """
+    records = []
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise InputError(f'{name}: no such folder or file; expected a run folder of train.py, or a .jsonl of results')
+        if path.is_dir():
+            if not (path / 'results.json').exists():
+                raise InputError(f'{name}: no results.json in it, so that it is no finished run of train.py; '
+                                 'name its task to score another classifier')
+            records.append(read_record((path / 'results.json').read_text(encoding='utf-8'), str(path), path / 'results.json'))
+            continue
+        for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+            if line.strip():
+                records.append(read_record(line, f'{name}:{number}', f'{name}:{number}'))
+    return records
+
+
+def read_record(text, name, where):
+    """One record from its line of JSON."""
+    needed = ('args', 'files', 'dtype', 'dev', 'step', 'steps', 'test', 'test_marks')
+    try:
+        record = json.loads(text)
+        missing = [key for key in needed if key not in record]
+    except (ValueError, TypeError) as error:
+        raise InputError(f'{where}: not JSON ({error}); expected a record of train.py') from None
+    if missing:
+        raise InputError(f'{where}: a record without {", ".join(missing)}; expected one that this train.py wrote')
+    return record | {'name': name}
+
+
+# ---------------------------------------------------------------- beyond the tables
+
+def crossed(first, second):
+    """Premises of one language with hypotheses of another, row by row -> list of Pair; the label may be None.
+
+    A row whose two labels differ is left out, and so is one with PAWS-X's placeholder NS ('no sentence') on any
+    side, as its label is not about a sentence. Where one side has no labels the other's serve.
+    """
+    pairs = []
+    for a, b in zip(first, second, strict=True):
+        label = b.label if a.label is None else a.label
+        if 'NS' not in (*a, *b) and b.label in (None, label):
+            pairs.append(Pair(a.premise, b.hypothesis, label))
+    return pairs
+
+
+def tested(model, tokenizer, pairs, **options):
+    """Predict pairs -> {'marks', 'cut', 'items'}: which are right (None without labels), how many were cut, how many."""
+    predicted, cut = predict(model, tokenizer, pairs, **options)
+    return {'marks': marks(predicted, pairs), 'cut': cut, 'items': len(pairs)}
+
+
+def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options):
+    """The published version's generalised setting: premise in one language, hypothesis in another.
+
+    -> {'en-de' (premise-hypothesis): what `tested` gives}. Made from the row-aligned test files; raises InputError
+    if they are not of one length. `options`, here and below: of `predict`.
+    """
+    files = {lang: read_as(model, task, data, 'test', lang, max_eval) for lang in langs}
+    for lang, pairs in files.items():
+        if len(pairs) != len(files[langs[0]]):
+            raise InputError(f'{Path(data) / task}: {len(pairs)} rows in test-{lang}.tsv, {len(files[langs[0]])} in '
+                             f'test-{langs[0]}.tsv; the generalised setting needs row-aligned files')
+    found = {}
+    for first in langs:
+        for second in langs:
+            pairs, name = crossed(files[first], files[second]), f'{first}-{second}'
+            found[name] = {'marks': None, 'cut': 0, 'items': 0}
+            if pairs:
+                found[name] = tested(model, tokenizer, pairs, desc=name, **options)
+    return found
+
+
+def in_ball(model, *, eps, steps=0, layer=0, seed=42):
+    """For `predict`: delta uniform in the L-inf ball, afresh at each call, or after `steps` steps of PGD in it."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def delta(inputs, labels):
+        # The gradient of a sure classifier would vanish sooner if the logits were rounded to bfloat16.
+        with torch.autocast(model.device.type, enabled=False):
+            batch = {**inputs, 'labels': labels}
+            return robust.worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
+    return delta
+
+
+def smoothed(model, tokenizer, task, data, langs, *, eps, passes, layer=0, seed=42, max_eval=None, **options):
+    """The smoothed classifier g of 3.2, its probability by `passes` draws of uniform noise.
+
+    -> {language: what `tested` gives}.
+    """
+    found = {}
+    for lang in langs:
+        pairs = read_as(model, task, data, 'test', lang, max_eval)
+        delta = in_ball(model, eps=eps, layer=layer, seed=seed)
+        found[lang] = tested(model, tokenizer, pairs, delta=delta, layer=layer, passes=passes, desc=lang, **options)
+    return found
+
+
+def regions(model, tokenizer, task, data, langs, *, radii, steps, layer=0, seed=42, max_eval=None, **options):
+    """The test files at each radius of the L-inf ball, under uniform noise (one draw a pair) and under attack.
+
+    -> {language: what `tested` gives, with the accuracies 'noise': [a radius], 'attack': [a radius]}. What the
+    attack does not find may be there all the same: its accuracy is an upper bound of the robust accuracy.
+    """
+    found = {}
+    for lang in langs:
+        pairs = read_as(model, task, data, 'test', lang, max_eval)
+        curves = {'noise': [], 'attack': []}
+        for eps in radii:
+            for kind, pgd in (('noise', 0), ('attack', steps)):
+                delta = in_ball(model, eps=eps, steps=pgd, layer=layer, seed=seed)
+                row = tested(model, tokenizer, pairs, delta=delta, layer=layer, desc=f'{lang} {kind} {eps:g}', **options)
+                curves[kind].append(accuracy(row['marks']))
+        found[lang] = row | curves
+    return found
+
+
+def new_figure(width, height):
+    """An empty matplotlib figure; inches. Raises InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError('-o needs matplotlib: pip install matplotlib') from None
-    langs = list(found[0]['noise'])
+        raise InputError('a picture needs matplotlib: pip install matplotlib') from None
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def check_picture(path):
+    """Raise InputError where no picture can be made: to be asked before anything is measured for it."""
+    if Path(path).suffix not in ('.png', '.svg'):
+        raise InputError(f'{path}: not the name of a picture; expected FILE.png or FILE.svg')
+    new_figure(1, 1)
+
+
+def save_picture(figure, path):
+    """Write a matplotlib figure, whole or not at all. Raises InputError, or OSError where it cannot be written."""
+    check_picture(path)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
+
+
+def draw_regions(curves, radii, title, chance):
+    """The figure of `regions`: a panel a language, a colour a name, solid under noise, dashed under attack.
+
+    curves: {name: [what `regions` found, one a seed]}, drawn as the mean over seeds. chance: in percent.
+    """
+    langs = list(next(iter(curves.values()))[0])
     columns = min(4, len(langs))
-    drawing = Figure(figsize=(2.6 * columns + 1, 2.2 * -(-len(langs) // columns) + 0.5), layout='constrained')
-    panels = drawing.subplots(-(-len(langs) // columns), columns, sharex=True, sharey=True, squeeze=False).flat
+    lines = math.ceil(len(langs) / columns)
+    figure = new_figure(2.6 * columns + 1, 2.4 * lines + 1.5)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for lang, axes in zip(langs, panels):
-        for number, (run, rows) in enumerate(zip(runs, found)):
+        axes.axhline(chance, color='grey', linestyle=':', label=f'chance ({chance:.0f}%)')
+        axes.set(title=lang, ylim=(0, 103), ylabel='accuracy (%)', xlabel='radius eps (L-inf)')
+        axes.set_xticks(range(len(radii)), [f'{radius:g}' for radius in radii])
+        for number, (name, seeds) in enumerate(curves.items()):
+            # Thinner and thinner, the markers hollow: where curves coincide each is still seen.
+            width = 3 - 2 * number / len(curves)
             for kind, style in (('noise', '-'), ('attack', '--')):
-                axes.plot(range(len(radii)), rows[kind][lang], style, color=f'C{number}', label=f'{run.name}, {kind}')
-        axes.set(title=lang, xticks=range(len(radii)), xticklabels=[f'{radius:g}' for radius in radii])
-    for axes in list(panels):
-        axes.axis('off')
-    drawing.supxlabel('radius')
-    drawing.supylabel('accuracy (%)')
-    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
-    save_picture(drawing, path)
+                mean = torch.tensor([found[lang][kind] for found in seeds]).mean(0)
+                axes.plot(mean, style, color=f'C{number}', marker='os^Dv<>P'[number % 8], fillstyle='none',
+                          linewidth=width, markersize=3 * width, label=f'{name}, {kind}')
+                width *= 0.6
+    for axes in panels[len(langs):]:
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize='medium')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    return figure
 
 
-def save_picture(drawing, path):
-    """Write a matplotlib figure. Raises InputError where the ending of `path` is no picture's."""
-    try:
-        with written(path) as part:
-            drawing.savefig(part, dpi=150)
-    except ValueError as error:
-        raise InputError(f'{path}: {error}') from None
+# ---------------------------------------------------------------- the tables
+
+# Tables 1 and 2 of the paper, in the order of TASKS' languages, then its average. mBERT*: Hu et al. (2020).
+PAPER = {
+    'pawsx': {
+        'mBERT*': '94.0 85.7 87.4 87.0 73.0 69.6 77.0 82.0',
+        'plain': '93.8 85.8 88.7 89.2 74.4 72.8 79.5 83.5',
+        'adv': '93.6 86.6 89.5 87.8 77.2 76.2 80.9 84.5',
+        'rs_r': '94.7 87.2 89.8 89.6 77.8 78.4 81.8 85.6',
+        'rs_a': '93.6 88.1 88.4 88.6 79.5 77.8 82.2 85.5',
+    },
+    'xnli': {
+        'mBERT*': '80.8 64.3 68.0 70.0 65.3 73.5 73.4 58.9 67.8 49.7 54.1 60.9 57.2 69.3 67.8 65.4',
+        'plain': '81.9 65.0 67.6 70.3 66.4 74.3 73.9 59.8 67.8 51.5 54.3 61.3 57.9 70.7 68.5 66.1',
+        'adv': '81.9 64.9 68.3 71.7 66.5 74.4 74.5 59.6 68.8 48.8 50.6 61.7 59.2 70.0 69.4 66.0',
+        'rs_r': '82.4 65.9 68.6 71.0 67.4 74.9 74.1 60.1 69.7 49.3 51.9 60.3 59.4 70.3 69.6 66.3',
+        'rs_a': '80.0 65.5 69.5 71.7 67.6 74.1 73.8 61.5 69.6 51.3 54.8 63.3 60.3 70.4 70.3 66.9',
+    },
+}
+# What tells runs of a method apart beyond eps and seed. Of plain, in the order of the paper's tables.
+OWN = {
+    'plain': (),
+    'adv': ('layer', 'adv_steps', 'plain_steps'),
+    'rs_r': ('layer',),
+    'rs_a': ('m', 'p', 'replace', 'english_only', 'epochs'),
+}
+MAY_DIFFER = {'method', 'eps', 'seed', 'layer', 'adv_steps', 'plain_steps', 'm', 'p', 'replace', 'english_only'}
+UNIT = {'xnli': 3}      # items that were not drawn apart: a premise of XNLI has three rows
+# Student's t, 97.5%, at 1, 2, ... 30 degrees of freedom; beyond, the normal's 1.96 is near enough.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+ONE_ANSWER = 0.95       # a run that gives one answer to this share of the English test items is marked (ours)
+TRIAL = 100             # fewer steps or items than these are called a trial (ours)
 
 
-def main(args):
-    """Measure what is asked for where results.json does not hold it, and print it."""
-    runs = [Run(folder, args) for folder in args.runs]
-    measuring = args.split == 'dev' or args.generalized or args.smooth or args.regions
-    if measuring and len({run.task for run in runs}) > 1:
-        raise InputError(f'{" ".join(args.runs)}: runs of several tasks; name those of one')
+class Table(NamedTuple):
+    """What is printed, all of it text: lines above, columns, rows as (name, {column: cell}), notes below."""
+    above: list
+    columns: list
+    rows: list
+    below: list
+
+
+def render(table):
+    """A Markdown table between caption and notes, its columns aligned so that it also reads as plain text."""
+    lines = [['', *table.columns]]
+    for name, cells in table.rows:
+        lines.append([name, *(cells.get(column, '-') for column in table.columns)])
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * (width - 1) + ':' for width in widths])
+    lines[1][0] = '-' * widths[0]
+    text = [*table.above, '']
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        text.append(f'| {" | ".join([name.ljust(widths[0]), *aligned])} |')
+    return '\n'.join([*text, '', *(f'- {note}' for note in table.below), ''])
+
+
+def as_cells(columns, scores):
+    """Numbers as a row's cells; nan and None have none."""
+    cells = {}
+    for column, score in zip(columns, scores):
+        if score is not None and not math.isnan(score):
+            cells[column] = f'{score:.1f}'
+    return cells
+
+
+# Which records may be compared.
+
+def count_items(record):
+    """How many test items with labels each language has: {language: number}."""
+    return {lang: len(row) for lang, row in record['test_marks'].items() if row}
+
+
+def settings(record):
+    """What must agree between two records that both name it -> {name: value}."""
+    found = {name: value for name, value in record['args'].items() if name not in MAY_DIFFER}
+    found |= {name: value for name, value in record['files'].items() if name != 'synonyms'}
+    found |= {f'test items of {lang}': items for lang, items in count_items(record).items()}
+    found['dtype'] = record['dtype']
+    if record['args']['method'] == 'rs_a':
+        found.pop('epochs', None)       # they run over more pairs
+    return found
+
+
+def differences(one, other):
+    """Why two records may not stand in one table -> list of text, empty where they may."""
+    ours, theirs, found = settings(one), settings(other), []
+    for name in ours:
+        if ours[name] != theirs.get(name, ours[name]):
+            found.append(f'{name} {ours[name]} and {theirs[name]}')
+    return found
+
+
+def counted(record, group):
+    """Whether the same run is in a group that the record fits: a folder and its line in a .jsonl, for instance."""
+    for other in group:
+        same = record['args'] == other['args'] and record['files'].get('synonyms') == other['files'].get('synonyms')
+        if same and record['test_marks'] != other['test_marks']:
+            say(f'{record["name"]}: the same run as {other["name"]}, with other results; left out')
+        if same:
+            return True
+    return False
+
+
+def groups(records):
+    """Records that may stand in one table -> list of lists; the same run counts once.
+
+    Task, data, model, budget and dtype agree in a group; method, its own arguments, eps and seed may differ.
+    """
     found = []
-    for run in runs:
-        langs = args.langs or list(TASKS[run.task].languages)
-        if set(langs) - set(TASKS[run.task].languages):
-            raise InputError(f'--langs {" ".join(langs)}: {run.task} has {" ".join(TASKS[run.task].languages)}')
-        if args.split == 'dev':
-            marked = run.kept('dev_marks', score, Path(run.folder) / 'predictions', split='dev', max_eval=run.max_eval)
-            found.append({lang: accuracy(row) for lang, row in marked.items()})
-        elif args.generalized:
-            found.append(run.kept('generalized', generalized, langs=langs, max_eval=run.max_eval))
-        elif args.smooth:
-            found.append(run.smoothed(args.smooth, args.eps, args.seed))
-        elif args.regions:
-            found.append(run.kept('regions', regions, langs=langs, radii=list(args.radii), steps=args.steps, layer=run.trained['layer'],
-                                  seed=args.seed, max_eval=run.max_eval))
-        elif run.foreign or args.data:
-            run.score()
-    if args.split == 'dev' or args.smooth:
-        print(f'{runs[0].task}, {args.split}, accuracy in percent' + f', majority over {args.smooth} noisy passes' * bool(args.smooth))
-        print(render([*found[0], 'avg.'], [(run.name, with_average(scores)) for run, scores in zip(runs, found)], args.markdown))
-    elif args.generalized:
-        for run, rows in zip(runs, found):
-            off = [value for first, row in rows.items() for second, value in row.items() if first != second and value is not None]
-            print(f'{run.name}: premise down, hypothesis across; mean off the diagonal {sum(off) / max(len(off), 1):.1f} ({len(off)} pairs)')
-            print(render(list(rows), [(first, with_average(row)[:-1]) for first, row in rows.items()], args.markdown))
+    # RS-A's come last: as nobody's epochs are compared with theirs, they may stand in several tables.
+    for record in sorted(records, key=lambda record: record['args']['method'] == 'rs_a'):
+        alone = True
+        for group in found:
+            if not any(differences(record, other) for other in group):
+                alone = False
+                if not counted(record, group):
+                    group.append(record)
+        if alone:
+            found.append([record])
+    return found
+
+
+def is_plain(record):
+    """Whether adv's checkpoint is of the plain steps that it began with: made by plain training, not by adv."""
+    args = record['args']
+    return args['method'] == 'adv' and record['step'] <= (args.get('plain_steps') or 0)
+
+
+def own(record):
+    """What tells a run from others of its method, eps and seed aside: {name: value}."""
+    values = {name: record['args'].get(name) for name in OWN.get(record['args']['method'], ())}
+    if record['args']['method'] == 'rs_a':
+        values['synonyms'] = record['files'].get('synonyms')
+    return values
+
+
+def label_of(record, group):
+    """The method, what tells it from the group's other runs of it, and how adv began: 'rs_a replace=authors'."""
+    parts = [record['args']['method']]
+    others = [own(other) for other in group if other['args']['method'] == parts[0]]
+    for name, value in own(record).items():
+        if name == 'plain_steps':
+            parts.append(f'({value} plain steps first)' if value else '(from the start)')
+        elif any(other[name] != value for other in others):
+            parts.append(f'{name}={value}')
+    return ' '.join(parts)
+
+
+def row_name(label, eps):
+    """'adv (from the start)' at eps 0.01 -> 'adv 0.01 (from the start)'."""
+    if eps is None:
+        return label
+    method, *rest = label.split(' ')
+    return ' '.join([method, f'{eps:g}', *rest])
+
+
+def variants(group):
+    """A group's records by method and own arguments, then by rising eps -> {label: {eps: [records]}}.
+
+    In the order of the paper's tables, seeds rising. An adv whose checkpoint is of its plain steps is left out.
+    """
+    def order(record):
+        args = record['args']
+        return [*OWN, args['method']].index(args['method']), args['eps'] or 0, args['seed']
+
+    found = {}
+    for record in sorted(group, key=order):
+        if not is_plain(record):
+            by_eps = found.setdefault(label_of(record, group), {})
+            by_eps.setdefault(record['args']['eps'], []).append(record)
+    return found
+
+
+# Scores and gains.
+
+def mean_dev(records):
+    """English dev accuracy, mean over seeds."""
+    return sum(record['dev'] for record in records) / len(records)
+
+
+def chosen_eps(by_eps):
+    """The eps with the best English dev accuracy, mean over seeds (paper, section 4); of equals the first."""
+    return max(by_eps, key=lambda eps: mean_dev(by_eps[eps]))
+
+
+def accuracies(records, langs, field='test_marks'):
+    """Accuracy in percent: float64 (seeds, languages); nan where there are no labels."""
+    found = torch.full((len(records), len(langs)), math.nan, dtype=torch.double)
+    for row, record in enumerate(records):
+        for column, lang in enumerate(langs):
+            marked = (record.get(field) or {}).get(lang)
+            if marked:
+                found[row, column] = accuracy(marked)
+    return found
+
+
+def averaged(scores):
+    """Append the average over languages, those of nan left out: (..., languages) -> (..., languages + 1)."""
+    return torch.cat([scores, scores.nanmean(-1, keepdim=True)], -1)
+
+
+def oracle(by_eps, langs):
+    """Test accuracy where each language takes the eps that is best on its own dev file -> (languages + 1,).
+
+    nan where not every run has dev scores of that language; the average is then nan too.
+    """
+    dev = torch.stack([accuracies(records, langs, 'dev_marks').mean(0) for records in by_eps.values()])
+    test = torch.stack([accuracies(records, langs).mean(0) for records in by_eps.values()])
+    best = dev.nan_to_num(-1).argmax(0, keepdim=True)
+    scores = test.gather(0, best)[0].where(dev.isfinite().all(0), math.nan)
+    return torch.cat([scores, scores.mean(-1, keepdim=True)])
+
+
+def paired(robust, plain):
+    """[(robust record, plain record)] of the seeds that both have."""
+    by_seed = {record['args']['seed']: record for record in plain}
+    return [(record, by_seed[record['args']['seed']]) for record in robust if record['args']['seed'] in by_seed]
+
+
+def seed_gains(pairs, langs):
+    """What each seed gains in accuracy, in points: float64 (seeds, languages + 1), the last the average."""
+    robust, plain = zip(*pairs)
+    return averaged(accuracies(robust, langs) - accuracies(plain, langs))
+
+
+def item_gains(pairs, lang):
+    """What each test item gains, mean over seeds, from -1 to 1: float64 (items,); (0,) without labels."""
+    rows = []
+    for records in pairs:
+        ours, plain = [record['test_marks'].get(lang) or '' for record in records]
+        if len(ours) != len(plain):
+            raise InputError(f'{records[0]["name"]}, {records[1]["name"]}: {len(ours)} and {len(plain)} test items '
+                             f'of {lang}; only runs scored on the same items can be compared')
+        rows.append([int(a) - int(b) for a, b in zip(ours, plain)])
+    return torch.tensor(rows, dtype=torch.double).mean(0)
+
+
+def item_errors(pairs, langs):
+    """Standard error of the gain, in points, that the choice of the test items makes: float64 (languages + 1,).
+
+    The items of a unit were drawn together, and the items of a row are translations of one another: of the
+    average over languages a unit has one share, the mean of theirs. nan from a single unit, or without labels.
+    """
+    unit = UNIT.get(pairs[0][0]['args']['task'], 1)
+    errors = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
+    columns = []
+    for column, lang in enumerate(langs):
+        gains = item_gains(pairs, lang)
+        if len(gains) > 0:
+            shares = 100 * (gains - gains.mean()) / len(gains)      # they add up to the mean's error
+            shares = torch.stack([part.sum() for part in shares.split(unit)])
+            columns.append(shares)
+            errors[column] = error_of_sum(shares)
+    if columns:
+        errors[-1] = error_of_sum(torch.nn.utils.rnn.pad_sequence(columns).mean(1))
+    return errors
+
+
+def error_of_sum(shares):
+    """Standard error of the sum of independent shares; nan of a single one."""
+    return shares.std() * len(shares) ** 0.5 if len(shares) > 1 else math.nan
+
+
+def gain(robust, plain, langs):
+    """What robust training gains in accuracy -> (points, half): float64 (languages + 1,), the last the average.
+
+    points: mean over the seeds that both have. half: half the width of its 95% interval (ours), which covers the
+    choice of the items (normal) and, from two seeds on, of the seeds (Student's t). nan without labels or a seed
+    in common; half also from a single item. Raises InputError if the two have different numbers of items.
+    """
+    pairs = paired(robust, plain)
+    if not pairs:
+        nothing = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
+        return nothing, nothing
+    by_seed, half = seed_gains(pairs, langs), 1.96 * item_errors(pairs, langs)
+    freedom = len(pairs) - 1
+    if freedom > 0:
+        t = T975[freedom - 1] if freedom <= len(T975) else 1.96
+        half = torch.hypot(half, t * by_seed.std(0) / len(pairs) ** 0.5)
+    return by_seed.mean(0), half
+
+
+# The table of a group.
+
+def stuck(records):
+    """Of the runs that give nearly one answer alone to the English test: its share, for each."""
+    found = []
+    for record in records:
+        answers = (record.get('answers') or {}).get('en') or [0]
+        share = max(answers) / max(sum(answers), 1)
+        if share >= ONE_ANSWER:
+            found.append(share)
+    return found
+
+
+def method_rows(label, by_eps, plain, langs, seeds):
+    """A row for each eps, and under the chosen one its deviation over seeds, its gain over plain and the oracle."""
+    rows = []
+    columns, chosen = [*langs, 'avg.'], chosen_eps(by_eps)
+    for eps, records in by_eps.items():
+        scores = averaged(accuracies(records, langs))
+        name = row_name(label, eps)
+        if eps == chosen and len(by_eps) > 1:
+            name += ', chosen'
+        if len(records) < seeds:
+            name += f', n={len(records)}'
+        if stuck(records):
+            name += ' †'
+        rows.append((name, as_cells(columns, scores.mean(0))))
+        if eps == chosen and len(records) > 1:
+            rows.append((f'  sd of {len(records)} seeds', as_cells(columns, scores.std(0))))
+        if eps == chosen and plain and records is not plain:
+            cells = {}
+            for column, points, half in zip(columns, *gain(records, plain, langs)):
+                cells[column] = '-' if half.isnan() else f'{points:+.1f} ±{half:.1f}'
+            rows.append(('  gain over plain', cells))
+        if eps == chosen and len(by_eps) > 1:
+            best = as_cells(columns, oracle(by_eps, langs))
+            rows += [('  oracle eps', best)] if best else []
+    return rows
+
+
+def method_notes(label, by_eps, plain, langs):
+    """What is said of a method under its table: English dev of each eps, each seed's gain, what went wrong."""
+    notes, devs = [], []
+    for eps, records in by_eps.items():
+        devs.append(f'{row_name("at", eps)} {mean_dev(records):.1f} (n={len(records)})'.removeprefix('at '))
+        shares = stuck(records)
+        if shares:
+            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * min(shares):.0f}% of the English items '
+                         f'in {len(shares)} of {len(records)} seeds')
+    notes.insert(0, f'{label}: English dev, mean over seeds: {", ".join(devs)}')
+    records = by_eps[chosen_eps(by_eps)]
+    if plain and records is not plain:
+        pairs = paired(records, plain)
+        each = [f'{points[-1]:+.1f}' for points in seed_gains(pairs, langs)] if pairs else ['none in common with plain']
+        notes.append(f'{label}, each seed: {" ".join(each)}' + '; of one seed, ± covers items only' * (len(pairs) == 1))
+    changed = [record['changed'] for record in records if record.get('changed') is not None]
+    if changed:
+        notes.append(f'{label}: its copies changed {100 * sum(changed) / len(changed):.1f}% of the words')
+    return notes
+
+
+def paper_rows(task, name, langs):
+    """The paper's own row, or none. Its average is over these languages, if all are the paper's."""
+    if name not in PAPER.get(task, {}):
+        return []
+    printed = dict(zip(TASKS[task].languages, map(float, PAPER[task][name].split())))
+    scores = [printed.get(lang, math.nan) for lang in langs]
+    return [(f'  paper, {name}', as_cells([*langs, 'avg.'], [*scores, sum(scores) / max(len(scores), 1)]))]
+
+
+def legend(found, missing):
+    """The notes that explain the rows of a table, {label: {eps: records}}, and the languages without figures."""
+    notes = []
+    if any(len(by_eps) > 1 for by_eps in found.values()):
+        notes.append('chosen: by English dev; oracle eps: each language takes the best on its own dev file')
+    if 'plain' in found and len(found) > 1:
+        notes.append('±: 95%, over the choice of items (paired; the three rows of an XNLI premise are one) and, from '
+                     'two seeds on, of seeds (paired, t)')
+    if missing:
+        notes.append(f'{" ".join(missing)}: no labels in the test file, or not scored in every run; not in avg. '
+                     "XTREME's script strips the labels; `python data.py TASK` fetches files that have them")
+    return notes
+
+
+def cut_note(cut, max_length):
+    """The note about pairs longer than max_length tokens, {language: how many}, or none."""
+    parts = [f'{lang} {count:,}' for lang, count in cut.items() if count]
+    return [f'pairs of more than {max_length} tokens, cut there: {", ".join(parts)}'] if parts else []
+
+
+def span(numbers):
+    """'2,000', or '1,743 to 1,744'."""
+    ends = sorted({min(numbers, default=0), max(numbers, default=0)})
+    return ' to '.join(f'{end:,}' for end in ends)
+
+
+def caption(group):
+    """The lines above a table: what it is of, and whether all of it was made alike."""
+    first, items = group[0], []
+    for record in group:
+        items += count_items(record).values()
+    steps = [record['steps'] for record in group]
+    pairs = [record.get('train_pairs') or 0 for record in group]
+    seeds = sorted({record['args']['seed'] for record in group})
+    model = (first.get('paths') or {}).get('model') or '?'
+    lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {" ".join(map(str, seeds))}',
+             f'model {Path(model).name}; {span(steps)} steps; {span(pairs)} training pairs; {span(items)} test items '
+             f'a language; {first["dtype"].removeprefix("torch.")}']
+    if min([*steps, *items]) < TRIAL:
+        lines.append(f'A trial, not a result: {span(steps)} steps, {span(items)} items.')
+    for name in ('source', 'versions', 'device'):
+        values = sorted({json.dumps(record.get(name)) for record in group})
+        if len(values) > 1:
+            lines.append(f'made with more than one {name}: {", ".join(values)}')
+    return lines
+
+
+def table_of(group):
+    """The Table of records that fit together: Table 1 or 2 of the paper."""
+    args, langs = group[0]['args'], languages(group)
+    known, cut = [], {}
+    for lang in langs:
+        cut[lang] = max((record.get('cut') or {}).get(lang) or 0 for record in group)
+        if all(record['test_marks'].get(lang) for record in group):
+            known.append(lang)
+    found = variants(group)
+    plain = found.get('plain', {}).get(None)
+    seeds = len({record['args']['seed'] for record in group})
+    rows, below = paper_rows(args['task'], 'mBERT*', known), []
+    for label, by_eps in found.items():
+        rows += method_rows(label, by_eps, plain, known, seeds)
+        rows += paper_rows(args['task'], label.split()[0], known)
+        below += method_notes(label, by_eps, plain, known)
+    for record in filter(is_plain, group):
+        below.append(f'{record["name"]}: left out; its checkpoint, step {record["step"]}, is of the '
+                     f'{record["args"]["plain_steps"]} plain steps that adv began with')
+    below += legend(found, [lang for lang in langs if lang not in known]) + cut_note(cut, args['max_length'])
+    return Table(caption(group), [*langs, 'avg.'], rows, below)
+
+
+def languages(group):
+    """The languages that a group names, the task's own in the paper's order first."""
+    named = {}
+    for record in group:
+        named |= record['test_marks']
+    known = [lang for lang in TASKS[group[0]['args']['task']].languages if lang in named]
+    return known + [lang for lang in named if lang not in known]
+
+
+def apart(group, before):
+    """The line that says in what a group differs from an earlier one of its task, or none."""
+    for record in group:
+        for other in before:
+            if record['args']['task'] == other['args']['task'] and differences(record, other):
+                return [f'In no table with {other["name"]}: {", ".join(differences(record, other))}.']
+    return []
+
+
+def report(records):
+    """Print Tables 1 and 2 from records, a table for each group of those that belong together -> list of Table."""
+    tables, before = [], []
+    for group in groups(records):
+        table = table_of(group)
+        table.above.extend(apart(group, before))
+        print(render(table))
+        tables.append(table)
+        before += group
+    return tables
+
+
+# ---------------------------------------------------------------- command line
+
+def parse_args(words=None):
+    """The command line, or these words of one."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     epilog='See the top of evaluate.py for examples.')
+    add = parser.add_argument_group('what').add_argument
+    add('runs', nargs='+', metavar='RUN', help='run folder of train.py, or a .jsonl of results: prints their tables')
+    add('--task', choices=TASKS, help='RUN is any other classifier, a folder or a name of the hub, of this task')
+    add('--langs', nargs='+', metavar='LANG', help="score these anew: any with a test-LANG.tsv; else the run's")
+    add('--data', help="score anew the files of this folder in XTREME's layout; else the run's")
+    add('--max-eval', type=in_range(int, 1), metavar='N', help='score anew the first N pairs a file; else as the run')
+    add('-o', '--output', metavar='PATH', help='write what is printed: FILE.json; of --regions a picture: FILE.png '
+        'or .svg; of --task alone the predictions: FOLDER')
+    group = parser.add_argument_group('beyond the tables: measured each time, and printed')
+    add = group.add_mutually_exclusive_group().add_argument
+    add('--generalized', action='store_true', help='premise in one language, hypothesis in another: all pairs')
+    add('--smooth', type=in_range(int, 1), metavar='N', help='majority over N noisy passes: g of section 3.2')
+    add('--regions', action='store_true', help='accuracy against the radius, under noise and under a PGD attack')
+    add = group.add_argument
+    add('--eps', type=in_range(float, 0), help="--smooth: radius of the noise; else the training's")
+    add('--radii', type=in_range(float, 0), nargs='+', default=(0, 0.01, 0.03, 0.1, 0.3, 1), metavar='EPS',
+        help='--regions (default: %(default)s, ours)')
+    add('--steps', type=in_range(int, 1), default=10, metavar='N', help='--regions: of the attack (default: 10, ours)')
+    add('--seed', type=in_range(int, 0, 2 ** 63), default=42, help='of the noise (default: %(default)s)')
+    add = parser.add_argument_group('how').add_argument
+    add('--batch', type=in_range(int, 1), default=64, metavar='N', help='pairs at once (default: %(default)s)')
+    add('--float32', action='store_true', help='measure without bfloat16; else as the run was trained')
+    return parser.parse_args(words)
+
+
+def check(args, records):
+    """Raise InputError for what would fail, or mean nothing, after hours of measuring."""
+    named = ' '.join(args.runs)
+    if len({record['args']['task'] for record in records}) > 1:
+        raise InputError(f'{named}: runs of several tasks; name those of one')
+    for name, record in zip(args.runs, records):
+        if args.smooth and args.eps is None and record['args']['eps'] is None:
+            raise InputError(f'{name}: {record["args"]["method"]} has no eps of its own; say --eps with --smooth')
+    if args.output and args.regions:
+        check_picture(args.output)
+    elif args.output and writes_predictions(args):
+        if len(records) > 1:
+            raise InputError(f'-o {args.output}: one folder for the predictions of {named}; name one classifier')
+    elif args.output and Path(args.output).suffix != '.json':
+        raise InputError(f'-o {args.output}: expected FILE.json')
+
+
+def writes_predictions(args):
+    """Whether -o names the folder of a foreign classifier's predictions."""
+    return bool(args.task) and not (args.generalized or args.smooth or args.regions)
+
+
+def find_run(name, args):
+    """The record of a run whose model is at hand; for a classifier that train.py did not make, one like it."""
+    path = Path(name)
+    if args.task and not (path / 'results.json').exists():
+        trained = {'task': args.task, 'method': path.name, 'eps': None, 'seed': None, 'layer': None,
+                   'max_length': 128, 'max_eval': None}
+        langs = dict.fromkeys(TASKS[args.task].languages)
+        return {'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None, 'test_marks': langs}
+    if path.is_file():
+        raise InputError(f'{name}: results without their models; to measure anew, name run folders')
+    record = read_records([name])[0]
+    if args.task not in (None, record['args']['task']):
+        raise InputError(f'{name}: a run of {record["args"]["task"]}, not of {args.task}')
+    return record
+
+
+def measure(name, record, args, predictions):
+    """What the command line asks for, of one run's model -> (Table, what was found)."""
+    trained, data = record['args'], args.data or record['paths']['data']
+    model, tokenizer = load(name)
+    device, dtype = choose_device(args.float32 or record['dtype'] == 'torch.float32')
+    max_length = longest(model, tokenizer, trained['max_length'])
+    langs = list(dict.fromkeys(args.langs or record['test_marks']))
+    where = model.to(device), tokenizer, trained['task'], data, langs
+    options = {'max_eval': args.max_eval or trained['max_eval'], 'dtype': dtype, 'batch': args.batch,
+               'max_length': max_length}
+    noise = {'layer': trained['layer'] or 0, 'seed': args.seed}
+    said = f'layer {noise["layer"]}, seed {args.seed}'
+    columns, notes = [*langs, 'avg.'], []
+    if args.generalized:
+        found = generalized(*where, **options)
+        what = 'premise in the language of the row, hypothesis in that of the column'
+        columns, rows, notes = langs, *generalized_rows(found, langs)
+    elif args.smooth:
+        noise['eps'] = trained['eps'] if args.eps is None else args.eps
+        found = smoothed(*where, passes=args.smooth, **noise, **options)
+        what = f'majority over {args.smooth} passes with uniform noise of eps {noise["eps"]:g}, {said}'
+        rows = [scores_row(name, found, columns)]
     elif args.regions:
-        for run, rows in zip(runs, found):
-            print(f'{run.name}: accuracy in percent against the radius')
-            print(render([f'{radius:g}' for radius in args.radii], [(f'{lang} {kind}', with_average(dict(enumerate(row)))[:-1])
-                         for kind, by_lang in rows.items() for lang, row in by_lang.items()], args.markdown))
-        if args.output:
-            picture(runs, found, args.radii, args.output)
+        found = regions(*where, radii=args.radii, steps=args.steps, **noise, **options)
+        what = f'against the radius eps, under uniform noise and under PGD of {args.steps} steps, {said}'
+        columns, notes = [f'{radius:g}' for radius in args.radii], [UPPER_BOUND]
+        rows = regions_rows(found, columns)
     else:
-        report(runs, args.markdown)
+        found = score(*where, predictions=predictions, **options)
+        for row in found.values():
+            row['items'] = sum(row['answers'])
+        what, rows = 'scored anew', [scores_row(name, found, columns)]
+    items = span([row['items'] for row in found.values()])
+    above = [f'{name}, {trained["task"]}, accuracy in percent: {what}',
+             f'test files of {data}, {items} items; languages {" ".join(langs)}; {str(dtype)[6:]}; {device.type}']
+    notes += cut_note({lang: row['cut'] for lang, row in found.items()}, max_length)
+    return Table(above, columns, rows, notes), found
+
+
+UPPER_BOUND = ('attack: an upper bound of the robust accuracy; what PGD does not find may be there, and where a '
+               'classifier is very sure the gradient vanishes')
+
+
+def scores_row(name, found, columns):
+    """The row of one model: its accuracy in each language, and the average over those with labels."""
+    record = {'test_marks': {lang: row['marks'] for lang, row in found.items()}}
+    return Path(name).name, as_cells(columns, averaged(accuracies([record], found))[0])
+
+
+def generalized_rows(found, langs):
+    """Of `generalized`: two rows for each language of the premise, and the note."""
+    rows, others = [], []
+    for first in langs:
+        row = [found[f'{first}-{second}'] for second in langs]
+        cells = as_cells(langs, [accuracy(cell['marks']) for cell in row])
+        rows += [(first, cells), ('  rows used', {lang: f'{cell["items"]:,}' for lang, cell in zip(langs, row)})]
+        others += [float(cell) for second, cell in cells.items() if second != first]
+    mean = sum(others) / max(len(others), 1)
+    return rows, [f'mean of {len(others)} pairs of two languages: {mean:.1f}; left out: rows whose two labels differ, '
+                  'and those with a placeholder NS']
+
+
+def regions_rows(found, columns):
+    """Of `regions`: two rows a language."""
+    rows = []
+    for lang, row in found.items():
+        for kind in ('noise', 'attack'):
+            rows.append((f'{lang} {kind}', as_cells(columns, row[kind])))
+    return rows
+
+
+def measure_all(args):
+    """Measure and print what the command line asks for, run by run; write the picture or the predictions."""
+    records = [find_run(name, args) for name in args.runs]
+    check(args, records)
+    tables, curves = [], {}
+    with tempfile.TemporaryDirectory() as part:         # -o is touched last: what cannot be written is printed
+        predictions = Path(part) / str(args.task) if args.output and writes_predictions(args) else None
+        for name, record in zip(args.runs, records):
+            try:
+                table, found = measure(name, record, args, predictions)
+            except (RuntimeError, MemoryError) as error:
+                if 'memory' not in f'{type(error).__name__} {error}'.lower():
+                    raise
+                raise InputError(f'{name}: out of memory; try a smaller --batch than {args.batch}') from None
+            print(render(table))
+            tables.append(table)
+            curve = row_name(label_of(record, records), record['args']['eps'])
+            curves.setdefault(curve, []).append(found)
+        if predictions:
+            copy(predictions, Path(args.output) / args.task)
+    if args.output and args.regions:
+        task = records[0]['args']['task']
+        items = span([row['items'] for row in found.values()])
+        seeds = span([len(seeds) for seeds in curves.values()])
+        title = f'{task}, mean over {seeds} seed(s), {items} test items a language, PGD of {args.steps} steps'
+        save_picture(draw_regions(curves, args.radii, title, 100 / len(TASKS[task].labels)), args.output)
+    return tables
+
+
+def copy(source, target):
+    """Copy the files of a folder, each whole or not at all."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        with replacing(target / path.name) as part:
+            shutil.copyfile(path, part)
+
+
+def main(args=None):
+    """Print the tables of runs, or measure something else of them; write it where -o says, and nowhere else."""
+    args = args or parse_args()
+    anew = args.langs or args.data or args.max_eval or args.task
+    if anew or args.generalized or args.smooth or args.regions:
+        tables = measure_all(args)
+    else:
+        check(args, [])
+        tables = report(read_records(args.runs))
+    if args.output and not args.regions and not writes_predictions(args):
+        with replacing(args.output) as part:
+            content = [table._asdict() for table in tables]
+            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':
-    main(command)
+    run_script(main)

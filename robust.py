@@ -1,20 +1,21 @@
-"""The three training objectives of Huang, Ahmad, Peng, Chang (2021), section 3.
+"""The training objectives of Huang, Ahmad, Peng, Chang (2021), section 3.
 
-Every objective takes a model and a batch and returns the loss to call `backward()` on; `Objective`, at the
-end, picks the one that the command line names and seeds its draws:
+Each takes a model and a batch and returns the loss to call `backward()` on:
 
     paper                                        here
     f(Enc(x))                                    `model(**batch)`, a Hugging Face sequence classifier
-    L(f(Enc(x)), y)                              `plain`
+    L(f(Enc(x)), y)                              `plain`   (3.1, the normal training)
     max over |delta_i| <= eps of L(., y)         `adv`     (3.1, adversarial training)
     E over delta of L(g(Enc(x) + delta), y)      `rs_r`    (3.2, random perturbation)
     x' = x with words replaced by synonyms       `rs_a`    (3.2, data augmentation)
-    f(Enc(x) + delta)                            `with perturbed(model, delta, layer): model(**batch)`
+    f(Enc(x) + delta), Eq. 1                     `with perturbed(model, delta, layer): model(**batch)`
 
 What the paper leaves open, and what is done here:
 
-- Where Enc(x) ends (ours): `layer` 0 is the output of the word embeddings, before position, type
-  and LayerNorm, as in FreeLB; `layer` k is the output of the k-th transformer layer, -1 the last.
+- Where Enc(x) ends (ours): `layer` 0 is the output of the word embeddings, before position, type and
+  LayerNorm, as in FreeLB; `layer` k is the output of the k-th transformer layer, -1 that of the last.
+  A norm that an encoder puts after its last layer (XLM-R-XL, ModernBERT) comes later, so that there -1 is not
+  transformers' `hidden_states[-1]`.
 - Which positions carry noise (ours, as FreeLB): all but padding. [CLS] and [SEP] carry it too:
   under the usual [CLS] head, noise on the last layer has no effect anywhere else.
 - The norm is L-inf per coordinate (paper, section 4): each of a word's H coordinates moves by at
@@ -26,27 +27,33 @@ stream whatever the method: with eps = 0, `adv` and `rs_r` are `plain` to the la
 """
 
 import contextlib
-import functools
 import random
 
 import torch
 
+from data import InputError
+
+
+# ---------------------------------------------------------------- the objectives
 
 def plain(model, batch):
     """L(f(Enc(x)), y), the cross-entropy averaged over the batch (3.1, the normal training). A scalar."""
+    if 'labels' not in batch or 'attention_mask' not in batch:
+        raise InputError(f'a batch of {", ".join(batch)}; expected input_ids and attention_mask (B, T), labels (B,)')
     return model(**batch).loss
 
 
-def adv(model, batch, *, eps, steps=1, step_size=None, layer=0, generator=None):
+def adv(model, batch, *, eps, steps=1, layer=0, generator=None):
     """max over |delta_i| <= eps of L(f(Enc(x) + delta), y): the loss at the worst point only (3.1)."""
-    delta = worst_delta(model, batch, eps=eps, steps=steps, step_size=step_size, layer=layer, generator=generator)
+    delta = worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
     with perturbed(model, delta, layer):
         return plain(model, batch)
 
 
 def rs_r(model, batch, *, eps, layer=0, generator=None):
     """L(g(Enc(x) + delta), y) at one delta, uniform in the L-inf ball and fresh for each call (3.2)."""
-    with perturbed(model, uniform_delta(model, batch, eps, generator), layer):
+    delta = uniform_delta(model, batch, eps, layer, generator)
+    with perturbed(model, delta, layer):
         return plain(model, batch)
 
 
@@ -59,70 +66,137 @@ def rs_a(model, batch):
     return plain(model, batch)
 
 
-def uniform_delta(model, batch, eps, generator=None):
-    """delta uniform over the L-inf ball of radius eps (paper, section 4), zero on padding: float32 (B, T, H)."""
+# ---------------------------------------------------------------- delta
+
+def uniform_delta(model, batch, eps, layer=0, generator=None):
+    """delta uniform over the L-inf ball of radius eps (paper, section 4), 0 on padding: float32 (B, T, H)."""
+    if 'attention_mask' not in batch:
+        raise InputError(f'a batch of {", ".join(batch)}; expected input_ids and attention_mask (B, T), labels (B,)')
     mask = batch['attention_mask']
-    delta = torch.empty(*mask.shape, model.config.hidden_size, device=mask.device)
+    delta = torch.empty(*mask.shape, width(model, layer), device=mask.device)
     return delta.uniform_(-eps, eps, generator=generator) * mask.unsqueeze(-1)
 
 
-def worst_delta(model, batch, *, eps, steps=1, step_size=None, layer=0, generator=None):
+def worst_delta(model, batch, *, eps, steps=1, layer=0, generator=None):
     """Ascend the loss inside the ball and return delta: float32 (B, T, H), |delta| <= eps, 0 on padding.
 
     Uniform random start, `steps` sign steps, projection after each (3.1 names only the maximisation;
-    this is Madry et al.'s PGD, and with one step Wong et al.'s fast adversarial training).
-    `step_size` is in units of eps; by default 2.5 / (steps + 1) (ours): Wong et al.'s 1.25 at one
-    step, Madry et al.'s 2.5 / steps at many.
+    this is Madry et al.'s PGD, and with one step Wong et al.'s fast adversarial training). The size of
+    a step is 2.5 / (steps + 1) eps (ours): Wong et al.'s 1.25 at one step, Madry et al.'s 2.5 / steps at many.
     """
-    step = eps * (2.5 / (steps + 1) if step_size is None else step_size)
-    delta = uniform_delta(model, batch, eps, generator)
+    step = eps * 2.5 / (steps + 1)
+    mask = batch['attention_mask'].unsqueeze(-1)
+    delta = uniform_delta(model, batch, eps, layer, generator)
     for _ in range(steps):
         delta.requires_grad_()
-        # Rewound after each pass: the inner passes and the outer one see the same dropout masks,
-        # so that they maximise and minimise the same function.
-        with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []), perturbed(model, delta, layer):
-            loss = plain(model, batch)
+        # The random state is put back after each pass: the inner passes and the outer one see the same
+        # dropout masks, so that they maximise and minimise the same function.
+        with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
+            with perturbed(model, delta, layer):
+                loss = plain(model, batch)
         # autograd.grad, not backward(): the parameters' gradients stay as they are, and are not computed.
         gradient, = torch.autograd.grad(loss, delta)
         with torch.no_grad():
-            # The gradient is zero on padding only for some heads; the mask is what keeps delta zero there.
-            delta = (delta + step * gradient.sign()).clamp(-eps, eps) * batch['attention_mask'].unsqueeze(-1)
+            delta = (delta + step * gradient.sign()).clamp(-eps, eps)
+            delta = delta * mask        # the gradient is zero on padding only for some heads
     return delta
 
 
+# ---------------------------------------------------------------- Enc(x) and f(Enc(x) + delta)
+
 @contextlib.contextmanager
 def perturbed(model, delta, layer=0):
-    """Within it, `model(**batch)` computes f(Enc(x) + delta) (Eq. 1). `delta`: float32 (B, T, H).
+    """Within it, one forward pass computes f(Enc(x) + delta) (Eq. 1). `delta`: float32 (B, T, H).
 
-    A hook on the module whose output is Enc(x), so that whatever follows (position, type, LayerNorm
-    for layer 0) is applied once, as in the plain pass, for any encoder.
+    Whatever follows Enc(x) (position, type and LayerNorm for layer 0) is applied once, as in the plain pass.
+    Raises InputError if delta has another shape than Enc(x), or was not added exactly once.
     """
-    def add(module, inputs, output):
+    def add(output):
         """Enc(x) + delta."""
+        if output.shape != delta.shape:
+            raise InputError(f'delta is {tuple(delta.shape)}, but the output of layer {layer} of '
+                             f'{type(model).__name__} is {tuple(output.shape)}; expected the same (B, T, H)')
         # float32 even if the layer's output is bfloat16, whose spacing between 0.5 and 1 is 0.0039:
         # eps = 0.001 would be rounded away.
         return output + delta
 
-    handle = end_of_enc(model, layer).register_forward_hook(add)
+    with at_end_of_enc(model, layer, add):
+        yield
+
+
+@contextlib.contextmanager
+def hidden(model, layer):
+    """Within it, one forward pass puts Enc(x), float32 (B, T, H), into the list that this yields."""
+    states = []
+    with at_end_of_enc(model, layer, lambda output: states.append(output.float())):
+        yield states
+
+
+@contextlib.contextmanager
+def at_end_of_enc(model, layer, function):
+    """Within it, one forward pass calls function(Enc(x)); what that returns, unless None, goes on in its place.
+
+    Raises InputError where the encoder does not pass through that layer exactly once.
+    """
+    modules, expected, wanted = end_of_enc(model, layer)
+    calls = 0
+
+    def hook(module, inputs, output):
+        """Count the calls; at the wanted one, put function's result in place of the output."""
+        nonlocal calls
+        calls += 1
+        if calls != wanted:
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        if not torch.is_tensor(first) or first.dim() != 3:
+            raise InputError(f'layer {layer} of {type(model).__name__} does not give (B, T, H); try layer 0, '
+                             'or another encoder')
+        changed = function(first)
+        if changed is None or torch.is_tensor(output):
+            return changed
+        return (changed, *output[1:])
+
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    if calls != expected:
+        raise InputError(f'{type(model).__name__}: a forward pass ran layer {layer} {calls} times where {expected} were '
+                         'expected, so that delta does not reach Enc(x) once; use another encoder')
 
 
 def end_of_enc(model, layer):
-    """The module whose output is Enc(x): the word embeddings (0), or a transformer layer (k, or -1 from the end).
+    """The modules that end Enc(x) -> (modules, their calls in a forward pass, which of the calls is the layer's).
 
-    Raises ValueError if the encoder has no such layer.
+    An encoder that shares its layers (ALBERT) calls one module many times. Raises InputError if there is no such
+    layer, or if the encoder keeps its layers in no single list.
     """
     if layer == 0:
-        return model.get_input_embeddings()
-    layers = model.base_model.encoder.layer
-    if not -len(layers) <= layer <= len(layers):
-        raise ValueError(f'--layer {layer}: the encoder has layers 1 to {len(layers)} (or -1 to -{len(layers)}); '
+        return [model.get_input_embeddings()], 1, 1
+    stacks = []
+    inside = set()
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and module not in inside:
+            stacks.append(module)
+            inside.update(module.modules())
+    if len(stacks) != 1:
+        raise InputError(f'{type(model).__name__} keeps its layers in {len(stacks)} lists, not one; only layer 0, '
+                         'the word embeddings, works with it')
+    depth = model.config.num_hidden_layers
+    if not 1 <= abs(layer) <= depth:
+        raise InputError(f'layer {layer}: the encoder has layers 1 to {depth} (or -1 to -{depth} from the end); '
                          '0 is the word embeddings')
-    return layers[layer - 1] if layer > 0 else layers[layer]
+    return list(stacks[0]), depth, layer if layer > 0 else depth + 1 + layer
 
+
+def width(model, layer=0):
+    """H, the last dimension of Enc(x): RemBERT's and ELECTRA's word embeddings are narrower than their layers."""
+    return model.get_input_embeddings().weight.shape[-1] if layer == 0 else model.config.hidden_size
+
+
+# ---------------------------------------------------------------- the method, an argument
 
 class Objective(torch.nn.Module):
     """The loss of a method as a module, (batch, step) -> scalar: it may run the model more than once a call.
@@ -134,17 +208,20 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.args, self.rank = model, args, rank
         self.noise = torch.Generator(model.device)
-        noise = dict(eps=args.eps, layer=args.layer, generator=self.noise)
-        self.loss = {
-            'plain': plain,
-            'adv': functools.partial(adv, steps=args.adv_steps, step_size=args.adv_step_size, **noise),
-            'rs_r': functools.partial(rs_r, **noise),
-            'rs_a': rs_a,
-        }[args.method]
 
     def forward(self, batch, step):
-        """The loss of a step. Its draws follow from (seed, step, rank) alone: a resumed run needs no generator's state."""
-        for name, manual_seed in (('dropout', torch.manual_seed), ('delta', self.noise.manual_seed)):
-            manual_seed(random.Random(f'{self.args.seed} {step} {self.rank} {name}').getrandbits(32))
-        begin = self.args.method == 'adv' and step <= self.args.plain_steps
-        return (plain if begin else self.loss)(self.model, batch)
+        """The loss of a step. Its draws follow from (seed, step, rank): a resumed run needs no generator's state."""
+        args = self.args
+        torch.manual_seed(self.draw(step, 'dropout'))
+        self.noise.manual_seed(self.draw(step, 'delta'))
+        if args.method == 'adv' and step > args.plain_steps:
+            return adv(self.model, batch, eps=args.eps, steps=args.adv_steps, layer=args.layer, generator=self.noise)
+        if args.method == 'rs_r':
+            return rs_r(self.model, batch, eps=args.eps, layer=args.layer, generator=self.noise)
+        if args.method == 'rs_a':
+            return rs_a(self.model, batch)
+        return plain(self.model, batch)
+
+    def draw(self, step, name):
+        """A seed of 32 bits for what `name` says."""
+        return random.Random(f'{self.args.seed} {step} {self.rank} {name}').getrandbits(32)

@@ -1,4 +1,4 @@
-"""Synonym sets for RS-A (section 3.2 of the paper): read them, build them, replace words by them.
+"""Synonym sets for RS-A (section 3.2 of the paper): read them, replace words by them, build them.
 
     python synonyms.py FILE.json --show "The cat sat." --p 0.5      see what RS-A does to a sentence
     python synonyms.py VECTORS.txt -o FILE.json                     build a neighbour file from word vectors
@@ -12,65 +12,120 @@ import json
 import random
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from data import InputError, Pair, written
+import numpy
+import torch
 
-# A word with its inner apostrophes and hyphens; what surrounds it (blanks, punctuation) is never touched.
-WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-WHERE = ("the public one is counterfitted_neighbors.json, fetched by download_deps.sh of github.com/robinjia/certified-word-sub; "
-         "or build one from the vectors of github.com/nmrksic/counter-fitting: python synonyms.py VECTORS.txt -o FILE.json")
+from data import NEIGHBOURS_URL, InputError, Pair, in_range, progress, read_lines, replacing, run_script
+from data import split_words
 
+
+# ---------------------------------------------------------------- read
 
 def read_synonyms(path):
     """Read a neighbour file -> dict, word -> list of its synonyms (only words that have any).
 
     Raises InputError if there is no such file or it is not JSON of that form.
     """
+    form = '{"word": ["neighbour", ...], ...}'
+    lines = read_lines(path, f'the neighbour file of RS-A, {form}; the public one lies at {NEIGHBOURS_URL}')
     try:
-        neighbours = json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}. RS-A needs a neighbour file: {WHERE}') from None
+        entries = json.loads('\n'.join(lines))
     except ValueError as error:
-        raise InputError(f'{path}: not JSON ({error}); expected {{"word": ["neighbour", ...], ...}}') from None
-    if not isinstance(neighbours, dict):
-        raise InputError(f'{path}: a JSON {type(neighbours).__name__}; expected an object, word -> list of words')
-    for word, synonyms in neighbours.items():
-        if not isinstance(synonyms, list) or not all(isinstance(synonym, str) and synonym for synonym in synonyms):
+        raise InputError(f'{path}: not JSON ({error}); expected {form}') from None
+    if not isinstance(entries, dict):
+        raise InputError(f'{path}: a JSON {type(entries).__name__}; expected {form}')
+    neighbours = {}
+    for word, synonyms in entries.items():
+        words = isinstance(synonyms, list) and all(isinstance(word, str) and word for word in synonyms)
+        if not words:
             raise InputError(f'{path}: {word!r} has {str(synonyms)[:60]}; expected a list of words')
-    neighbours = {word: synonyms for word, synonyms in neighbours.items() if synonyms}
+        if synonyms:
+            neighbours[word] = synonyms
     if not neighbours:
-        raise InputError(f'{path}: no word in it has a neighbour; expected {{"word": ["neighbour", ...], ...}}')
+        raise InputError(f'{path}: no word in it has a neighbour; expected {form}')
     return neighbours
+
+
+# ---------------------------------------------------------------- replace
+
+# A word, whatever surrounds it (blanks, punctuation). Clitics may be written apart or not: XNLI's training file has
+# them apart (You won 't, do n't, I 've), its dev and test files do not, and both must offer the same words (ours).
+# A negated verb is one word, looked up without its blank. Other clitics ('s 've 'll) are no words, nor part of one.
+CLITIC = r"(?: s | d | m | ll | re | ve ) (?! [^\W_] | ['’] )"
+WORD = re.compile(rf"""
+    (?<! [^\W_] )                                       # begin where a word begins
+    (?: [^\W_]+ (?: [ ]n | [ ] )? ['’] t (?! [^\W_] | ['’] )
+      | (?! (?<=['’]) {CLITIC} )  [^\W_]+ (?: (?: - | ['’] (?! {CLITIC} )) [^\W_]+ )* )
+""", re.VERBOSE | re.IGNORECASE)
+
+
+def find_words(sentence):
+    """The words of a sentence that may be replaced -> list of str."""
+    return [word.replace(' ', '') for word in WORD.findall(sentence)]
+
+
+def synonyms_of(word, neighbours):
+    """The synonyms of a word as it stands, or else of its lower case -> list, empty if it has none."""
+    return neighbours.get(word) or neighbours.get(word.lower()) or []
 
 
 def replace(sentence, neighbours, p, rng):
     """x -> x': each word that has synonyms becomes one of them, uniformly, with probability p (3.2).
 
-    p None: uniform over itself and its k synonyms, that is with probability k / (k + 1) (authors' code).
-    Several words of a sentence may change (paper). Words are found whatever their case and the
-    punctuation around them, and the synonym takes on the case (ours; the authors' code splits at
-    blanks and compares exactly, which misses 14-15% of the words).
+    Several words of a sentence may change (paper). Words are found whatever their case and the punctuation
+    around them, and the synonym takes on the case (ours). p None: `replace_as_authors`.
     """
+    if p is None:
+        return replace_as_authors(sentence, neighbours, rng)
+
     def substitute(match):
         """The word, or the synonym that the draw puts in its place."""
         word = match.group()
-        synonyms = neighbours.get(word) or neighbours.get(word.lower())
-        if not synonyms or rng.random() >= (len(synonyms) / (len(synonyms) + 1) if p is None else p):
+        synonyms = synonyms_of(word.replace(' ', ''), neighbours)
+        if not synonyms or rng.random() >= p:
             return word
         synonym = synonyms[int(rng.random() * len(synonyms))]
         if word.isupper() and len(word) > 1:
             return synonym.upper()
-        return synonym[0].upper() + synonym[1:] if word[0].isupper() else synonym
+        if word[0].isupper():
+            return synonym[0].upper() + synonym[1:]
+        return synonym
     return WORD.sub(substitute, sentence)
 
 
-def english_only(neighbours, pairs):
-    """Only those neighbours that occur, in any case, in the English pairs (ours): the public file holds Spanish words too."""
-    known = {word.lower() for pair in pairs for side in pair[:2] for word in WORD.findall(side)}
-    kept = {word: [synonym for synonym in synonyms if synonym.lower() in known] for word, synonyms in neighbours.items()}
-    return {word: synonyms for word, synonyms in kept.items() if synonyms}
+def replace_as_authors(sentence, neighbours, rng):
+    """x -> x': each word becomes one of itself and its k synonyms, uniformly (authors' code).
 
+    Words are what blanks separate, looked up in exact case: `Cat` and `cat.` have no synonyms.
+    """
+    words = []
+    for word in sentence.split(' '):
+        choices = [word, *neighbours.get(word, [])]
+        words.append(rng.choice(choices))
+    return ' '.join(words)
+
+
+def english_only(neighbours, pairs):
+    """Only those neighbours that occur, in any case, in the English pairs (ours); words left without are gone.
+
+    The public file holds Spanish words too (cat: gato), which flatters a cross-lingual claim.
+    """
+    known = set()
+    for pair in pairs:
+        known.update(find_words(pair.premise.lower()))
+        known.update(find_words(pair.hypothesis.lower()))
+    kept = {}
+    for word, synonyms in neighbours.items():
+        synonyms = [synonym for synonym in synonyms if synonym.lower() in known]
+        if synonyms:
+            kept[word] = synonyms
+    return kept
+
+
+# ---------------------------------------------------------------- the m copies as a sequence
 
 def augment(pair, neighbours, p, seed, copy):
     """The `copy`-th augmented copy of a pair, both sentences perturbed (3.2; paper: m = 10 copies, p = 0.1).
@@ -79,33 +134,78 @@ def augment(pair, neighbours, p, seed, copy):
     the same in every epoch.
     """
     rng = random.Random(f'{seed} {copy} {pair.premise} {pair.hypothesis}')
-    return Pair(replace(pair.premise, neighbours, p, rng), replace(pair.hypothesis, neighbours, p, rng), pair.label)
+    premise = replace(pair.premise, neighbours, p, rng)
+    hypothesis = replace(pair.hypothesis, neighbours, p, rng)
+    return Pair(premise, hypothesis, pair.label)
 
+
+class Copies(Sequence):
+    """The m augmented copies of the training pairs, made when asked for: row = copy * len(pairs) + pair.
+
+    Raises InputError (with `name`, that of the neighbour file) if no word of the pairs has a synonym:
+    RS-A would be plain training.
+    """
+
+    def __init__(self, pairs, neighbours, *, m=10, p=0.1, seed=42, name='neighbours'):
+        self.pairs, self.neighbours, self.m, self.p, self.seed = pairs, neighbours, m, p, seed
+        if not any(self._has_synonym(pair) for pair in pairs):
+            raise InputError(f'{name}: no word of the training pairs has a synonym in it (or none that english_only'
+                             ' keeps): RS-A would be plain training; expected neighbours of English words')
+
+    def _has_synonym(self, pair):
+        """Whether any word of the pair can be replaced."""
+        text = f'{pair.premise} {pair.hypothesis}'
+        if self.p is None:
+            return any(word in self.neighbours for word in text.split(' '))
+        return any(synonyms_of(word, self.neighbours) for word in find_words(text))
+
+    def __len__(self):
+        return self.m * len(self.pairs)
+
+    def __getitem__(self, row):
+        copy, number = divmod(range(len(self))[row], len(self.pairs))
+        return augment(self.pairs[number], self.neighbours, self.p, self.seed, copy)
+
+
+def changed_share(copies, sample=1000):
+    """The share of words that the copies changed, 0 to 1: of `sample` rows evenly spread over the copies.
+
+    Words are what blanks separate, punctuation included, as in the authors' code.
+    """
+    words = changed = 0
+    step = max(1, len(copies) // sample)
+    for row in range(0, len(copies), step):
+        before = copies.pairs[row % len(copies.pairs)]
+        after = copies[row]
+        for old, new in zip(before[:2], after[:2]):
+            old, new = split_words(old), split_words(new)
+            words += len(old)
+            changed += sum(a != b for a, b in zip(old, new))
+    return changed / max(words, 1)
+
+
+# ---------------------------------------------------------------- build from vectors
 
 def read_vectors(path):
-    """Read word vectors in text form, a word and its floats a line -> list of words, float32 (words, dimensions)."""
-    import numpy
+    """Read word vectors in text form, a word and its floats a line -> words, float32 (words, dimensions)."""
+    expected = 'a word and its vector a line'
     words, rows = [], []
-    try:
-        with open(path, encoding='utf-8') as lines:
-            for number, line in enumerate(lines, 1):
-                word, *numbers = line.split()
-                if number == 1 and len(numbers) == 1:
-                    continue        # word2vec's text form begins with the counts
-                words.append(word)
-                rows.append(numpy.array(numbers, dtype=numpy.float32))
-                if len(rows[-1]) != len(rows[0]) or not len(rows[0]):
-                    raise ValueError(f'{len(rows[-1])} numbers, {len(rows[0])} in the first line')
-                if not numpy.isfinite(rows[-1]).all():
-                    raise ValueError('a number that is not finite')
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}; expected word vectors in text form') from None
-    except UnicodeDecodeError:
-        raise InputError(f'{path}: not UTF-8; expected word vectors in text form') from None
-    except ValueError as error:
-        raise InputError(f'{path}:{number}: {error}; expected a word and its vector') from None
+    for number, line in enumerate(read_lines(path, expected), 1):
+        word, *numbers = split_words(line) or ['']
+        if number == 1 and len(numbers) == 1:
+            continue        # word2vec's text form begins with the counts
+        try:
+            row = numpy.array(numbers, dtype=numpy.float32)
+        except ValueError as error:
+            raise InputError(f'{path}:{number}: {error}; expected {expected}') from None
+        if not len(row) or rows and len(row) != len(rows[0]):
+            raise InputError(f'{path}:{number}: {len(row)} numbers; expected {expected}, all of one length')
+        if not numpy.isfinite(row).all():
+            raise InputError(f'{path}:{number}: a number that is not finite; expected {expected}')
+        words.append(word)
+        rows.append(row)
     if not words:
-        raise InputError(f'{path}: empty; expected a word and its vector a line')
+        raise InputError(f'{path}: no vectors; expected {expected}')
     return words, numpy.stack(rows)
 
 
@@ -114,52 +214,66 @@ def build(words, vectors, k=8, bound=0.5):
 
     `vectors`: float32 (words, dimensions). Defaults: Alzantot et al. (2018), whom the paper follows.
     """
-    import torch
-    from tqdm import tqdm
     vectors = torch.as_tensor(vectors)
     squared = vectors.square().sum(1)
     near = [[] for _ in words]
-    for start in tqdm(range(0, len(words), 512), desc='nearest words', unit='block'):
+    for start in progress(range(0, len(words), 512), desc='nearest words', unit='block'):
         block = slice(start, start + 512)
-        # |a - b|^2 = |a|^2 + |b|^2 - 2ab: a matrix product in place of a distance at a time, and each pair once.
-        distances = torch.addmm(squared[block, None] + squared[start:], vectors[block], vectors[start:].T, alpha=-2)
+        # |a - b|^2 = |a|^2 + |b|^2 - 2ab: a matrix product in place of single distances, and each pair once.
+        sums = squared[block, None] + squared[start:]
+        distances = torch.addmm(sums, vectors[block], vectors[start:].T, alpha=-2)
         # Few words are within the bound, so finding those and sorting only them beats a top-k of every row.
-        row, column = (distances <= bound).nonzero(as_tuple=True)
-        for i, j, distance in zip(row.tolist(), column.tolist(), distances[row, column].tolist()):
+        rows, columns = (distances <= bound).nonzero(as_tuple=True)
+        found = distances[rows, columns].tolist()
+        for i, j, distance in zip(rows.tolist(), columns.tolist(), found):
             if i < j:
                 near[start + i].append((distance, start + j))
                 near[start + j].append((distance, start + i))
-    return {word: [words[j] for _, j in sorted(found)[:k]] for word, found in zip(words, near)}
+    neighbours = {}
+    for word, found in zip(words, near):
+        neighbours[word] = [words[j] for _, j in sorted(found)[:k]]
+    return neighbours
+
+
+# ---------------------------------------------------------------- show, command line
+
+def show(sentence, neighbours, p, m, seed):
+    """Print the synonyms of each word of a sentence, and m augmented copies."""
+    for word in find_words(sentence):
+        print(f'{word}: {", ".join(synonyms_of(word, neighbours)) or "-"}')
+    for copy in range(m):
+        print(f'{copy + 1:4}  {augment(Pair(sentence, "", None), neighbours, p, seed, copy).premise}')
 
 
 def main():
-    """The command line: build a neighbour file, or look at what one does to a sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], epilog='See the top of synonyms.py for the format.')
-    parser.add_argument('file', help='word vectors in text form (with -o), or a neighbour file (with --show)')
+    """Build a neighbour file, or look at what one does to a sentence."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     epilog='See the top of synonyms.py for the format.')
+    add = parser.add_argument
+    add('file', help='word vectors in text form (with -o), or a neighbour file (with --show)')
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('-o', '--output', help='write the neighbour file here')
     what.add_argument('--show', metavar='SENTENCE', help='print augmented copies of this sentence')
-    parser.add_argument('--k', type=int, default=8, help='neighbours of a word, at most (default: %(default)s)')
-    parser.add_argument('--bound', type=float, default=0.5, help='squared Euclidean distance, at most (default: %(default)s)')
-    parser.add_argument('--p', type=float, default=0.1, help='probability of a replacement (default: %(default)s)')
-    parser.add_argument('--m', type=int, default=10, help='augmented copies (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=42)
+    add('--k', type=in_range(int, 1), default=8,
+        help='-o: neighbours of a word, at most (default: %(default)s)')
+    add('--bound', type=in_range(float, 0), default=0.5,
+        help='-o: squared Euclidean distance, at most (default: %(default)s)')
+    add('--p', type=in_range(float, 0, 1 + 1e-9), default=0.1,
+        help='--show: probability that a word is replaced (default: %(default)s)')
+    add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
+    add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')
     args = parser.parse_args()
     if args.show is not None:
-        neighbours = read_synonyms(args.file)
-        for word in WORD.findall(args.show):
-            synonyms = neighbours.get(word) or neighbours.get(word.lower())
-            print(f'{word}: {", ".join(synonyms) if synonyms else "-"}')
-        for copy in range(args.m):
-            print(f'{copy + 1:4}  {augment(Pair(args.show, "", None), neighbours, args.p, args.seed, copy).premise}')
+        show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
         return
     words, vectors = read_vectors(args.file)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     neighbours = build(words, vectors, args.k, args.bound)
-    with written(args.output) as part:
+    with_any = sum(map(bool, neighbours.values()))
+    print(f'{args.output}: {len(neighbours):,} words, {with_any:,} with neighbours', file=sys.stderr)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(args.output) as part:
         part.write_text(json.dumps(neighbours, ensure_ascii=False), encoding='utf-8')
-    print(f'{args.output}: {len(neighbours):,} words, {sum(map(bool, neighbours.values())):,} with neighbours', file=sys.stderr)
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)
