@@ -239,7 +239,7 @@ def _columns(cells, path, task):
     """How many columns a file has, by its first line."""
     header = {'sentence1', 'gold_label', 'premise', 'hypo'}
     if header & {cell.lower() for cell in cells}:
-        raise InputError(f"{path}:1: a header; XTREME's files have none. For the raw release give its archive: "
+        raise InputError(f"{path}:1: a header, as in the raw release; to convert that, give its archive: "
                          f'`python data.py {task} ARCHIVE`')
     if len(cells) not in (2, 3):
         raise InputError(f'{path}:1: {len(cells)} columns; expected 2 or 3 (premise, hypothesis, label)')
@@ -265,7 +265,7 @@ def write_pairs(path, rows):
 
 
 def describe(path, pairs):
-    """One line about a file: rows, missing labels, PAWS-X's placeholders NS (no sentence; XTREME keeps them)."""
+    """One line about a file: rows, missing labels, PAWS-X's placeholders NS (no sentence), which stay."""
     line = f'{path}: {len(pairs):,} pairs'
     if pairs[0].label is None:
         line += '; no labels: cannot be scored'
@@ -350,13 +350,18 @@ def prepare(data, task, archives=(), complete=False, langs=None):
         raise InputError(f'{data}: a file; expected the folder that holds {task}/')
     by_name = _by_name(archives, task)
     folder = Path(data) / task
-    if not _missing(data, task, complete, langs):
+    missing = _missing(data, task, complete, langs)
+    if not missing:
         return
-    with _alone(folder) as part:
+    with _alone(folder, missing[0]) as part:
         missing = _missing(data, task, complete, langs)     # another process may have prepared it meanwhile
-        if missing and not complete and any(folder.glob('*.tsv')):
-            raise InputError(f'{missing[0]}: no such file, and nothing is fetched where others are; `python '
-                             f'data.py {task} --data {data}` completes {folder}, or name its languages (langs)')
+        if not missing:
+            return
+        if any(folder.glob('*.tsv')) and not complete:
+            raise InputError(f'{missing[0]}: no such file, and nothing is fetched where others are; name the '
+                             f'languages there (langs) or complete it: `python data.py {task} --data {data}`')
+        if not complete:
+            missing = _missing(data, task, True, None)      # the whole task: it comes in the same archives
         _fill(folder, part, task, missing, by_name, complete)
 
 
@@ -392,8 +397,8 @@ def _missing(data, task, complete, langs):
 
 
 @contextlib.contextmanager
-def _alone(path):
-    """One process at a time: yields an empty folder beside `path` to write to, gone afterwards."""
+def _alone(path, missing):
+    """One process at a time: yields an empty folder beside `path` to write what is missing; gone afterwards."""
     part = path.with_name(f'{path.name}.part')
     lock = path.with_name(f'{path.name}.part.lock')
     try:
@@ -408,7 +413,7 @@ def _alone(path):
                 with contextlib.suppress(OSError):
                     lock.unlink()                       # those who wait notice, and lock a new one
     except OSError as error:
-        raise InputError(f'{path}: not all there, and cannot be written: {error.strerror}') from None
+        raise InputError(f'{missing}: not there, and cannot be written: {error.strerror}') from None
 
 
 def _fill(folder, part, task, missing, by_name, complete):
@@ -462,7 +467,7 @@ def fetch_neighbours(path):
     path = Path(path)
     if path.exists():
         return
-    with _alone(path) as part:
+    with _alone(path, path) as part:
         if not path.exists():
             _download(NEIGHBOURS_URL, part / path.name, f'keep it as {path}', NEIGHBOURS_SHA256)
             os.replace(part / path.name, path)

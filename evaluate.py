@@ -1,6 +1,15 @@
-"""Score fine-tuned classifiers in every language of their task; Tables 1 and 2 of the paper from any number of runs.
+"""Score fine-tuned classifiers in every language of their task; Tables 1 and 2 of the paper from any runs.
 
-PLACEHOLDER
+    python evaluate.py RUN [RUN ...]                 the tables; RUN is a run folder of train.py, or a .jsonl
+    python evaluate.py RUN ... --langs yo            score these languages anew; likewise --data, --max-eval
+    python evaluate.py RUN ... --generalized         premise in one language, hypothesis in another
+    python evaluate.py RUN ... --smooth 10           the smoothed classifier g of 3.2, of 10 noisy passes
+    python evaluate.py RUN ... --regions -o P.png    accuracy against the radius, under noise and under attack
+    python evaluate.py FOLDER --task xnli            any Hugging Face classifier with the task's labels
+
+The tables need no model and no data: a record holds every answer. All else is measured when it is asked for,
+and printed. A run is never written to; `-o` alone says what is written, and where. A file without labels is
+never scored: its language shows '-' and is not in the average.
 """
 
 import argparse
@@ -21,7 +30,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
 
 import robust
-from data import TASKS, InputError, Pair, in_range, languages_of, path_of, progress, read_pairs, replacing, run_script
+from data import (TASKS, InputError, Pair, in_range, path_of, progress, read_lines, read_pairs, replacing,
+                  run_script)
 
 MBERT = 'bert-base-multilingual-cased'      # paper
 
@@ -62,44 +72,47 @@ def default_model(task, data):
 
 
 def load_encoder(name, task, freeze_embeddings=False, layer=0):
-    """The pre-trained encoder with a new head, its labels named, float32 -> model, tokenizer. Raises InputError.
+    """The pre-trained encoder with a new head, its labels named -> model in float32, tokenizer.
 
-    The head's weights are drawn from torch's random state. A classifier with the task's very labels keeps its head.
+    The head is drawn from torch's random state. A classifier that has the task's very labels keeps its own.
+    Raises InputError.
     """
-    labels = TASKS[task].labels
-    options = {'num_labels': len(labels), 'id2label': dict(enumerate(labels)),
-               'label2id': {label: i for i, label in enumerate(labels)}, 'ignore_mismatched_sizes': True}
-    config, model, tokenizer, random = from_pretrained(name, **options)
-    inside = f'{model.base_model_prefix}.'
-    lost = [key for key in random if key.startswith(inside) and 'pooler' not in key]
+    labels = dict(enumerate(TASKS[task].labels))
+    ids = {label: number for number, label in labels.items()}
+    config, model, tokenizer, missing = from_pretrained(
+        name, num_labels=len(labels), id2label=labels, label2id=ids, ignore_mismatched_sizes=True)
+    encoder = f'{model.base_model_prefix}.'
+    lost = [key for key in missing if key.startswith(encoder) and 'pooler' not in key]
     if lost:
-        raise InputError(f'{name}: {len(lost)} of its weights are missing ({lost[0]}, ...), which would be random; '
-                         'expected the checkpoint of a pre-trained encoder')
+        raise InputError(f'{name}: {len(lost)} of its weights are missing ({lost[0]}, ...) and would be '
+                         'random; expected the checkpoint of a pre-trained encoder')
     if (config.architectures or [''])[0].endswith('ForSequenceClassification'):
-        theirs = [str(config.id2label[i]).lower() for i in sorted(config.id2label)]
-        if theirs == list(labels):
+        theirs = [str(config.id2label[number]).lower() for number in sorted(config.id2label)]
+        if theirs == list(labels.values()):
             say(f'{name}: already a classifier of {task}; its head is kept')
         else:
             say(f'{name}: a classifier of {", ".join(theirs)}; it gets a new head for {task}')
             fresh = AutoModelForSequenceClassification.from_config(model.config).state_dict()
-            model.load_state_dict({key: value for key, value in fresh.items() if not key.startswith(inside)}, strict=False)
+            head = {key: value for key, value in fresh.items() if not key.startswith(encoder)}
+            model.load_state_dict(head, strict=False)
     check_encoder(name, model, tokenizer, layer)
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     return model, tokenizer
 
 
 def load(name):
-    """A fine-tuned classifier and its tokenizer, float32, from a Hugging Face folder or name. Raises InputError."""
-    _, model, tokenizer, random = from_pretrained(name)
-    if random:
-        raise InputError(f'{name}: {len(random)} of its weights are missing ({random[0]}, ...); expected a fine-tuned classifier')
+    """A fine-tuned classifier, a folder or a name -> model in float32, tokenizer. Raises InputError."""
+    _, model, tokenizer, missing = from_pretrained(name)
+    if missing:
+        raise InputError(f'{name}: {len(missing)} of its weights are missing ({missing[0]}, ...) and would '
+                         'be random; expected a fine-tuned classifier')
     check_encoder(name, model, tokenizer)
     return model, tokenizer
 
 
 def from_pretrained(name, **options):
-    """transformers' loading -> config as stored, model, tokenizer, names of the weights that were not there."""
-    logging.set_verbosity_error()       # its reports (a new head, hints on tokenizers) are said here in a line, or not
+    """transformers' loading -> config as stored, model, tokenizer, the names of missing weights."""
+    logging.set_verbosity_error()       # what of its reports matters is said here, in a line
     logging.disable_progress_bar()
     where = {'trust_remote_code': False}
     reason = None
@@ -112,24 +125,25 @@ def from_pretrained(name, **options):
     try:
         config = AutoConfig.from_pretrained(name, **where)
         if config.is_encoder_decoder:
-            raise InputError(f'{name}: an encoder-decoder ({config.model_type}); expected an encoder, such as {MBERT}')
+            raise InputError(f'{name}: an encoder-decoder; expected an encoder, such as {MBERT}')
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **where, **options)
     except InputError:
         raise
     except Exception as error:          # whatever broken or foreign files make transformers raise
-        raise InputError(f'{name}: cannot be loaded ({first_line(reason or error)}); expected the name of a model, or '
-                         'a folder with config.json, model.safetensors and tokenizer.json') from None
-    for setting in where:               # else they would be written into the checkpoint's tokenizer_config.json
-        tokenizer.init_kwargs.pop(setting, None)
-    return config, model, tokenizer, sorted(info['missing_keys']) + sorted(key[0] for key in info['mismatched_keys'])
+        raise InputError(f'{name}: cannot be loaded ({first_line(reason or error)}); expected the name of a '
+                         'model, or a folder with config.json, model.safetensors, tokenizer.json') from None
+    for setting in ('local_files_only', 'trust_remote_code', 'is_local'):
+        tokenizer.init_kwargs.pop(setting, None)        # the loader's own, no part of a checkpoint
+    resized = [key for key, *_ in info['mismatched_keys']]
+    return config, model, tokenizer, sorted(info['missing_keys']) + sorted(resized)
 
 
 def check_encoder(name, model, tokenizer, layer=0):
-    """Raise InputError where tokenizer and encoder do not serve for pairs of sentences, or delta does not reach `layer`.
+    """Raise InputError where tokenizer and encoder cannot classify pairs, or delta does not reach `layer`.
 
-    Found out with one pair, before hours are spent. A tokenizer without a pad token gets its end token for it.
+    Found out with one pair, before hours are spent. A tokenizer without a pad token gets its end token.
     """
     vocabulary = tokenizer.get_vocab()
     if not set(vocabulary) - set(tokenizer.all_special_tokens):
@@ -142,7 +156,8 @@ def check_encoder(name, model, tokenizer, layer=0):
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     try:
-        first, second = (tokenizer(text, add_special_tokens=False)['input_ids'] for text in ('one two', 'three'))
+        together = tokenizer('one two', add_special_tokens=False)['input_ids']
+        together += tokenizer('three', add_special_tokens=False)['input_ids']
         pair = tokenizer('one two', 'three', return_tensors='pt')
         ids = pair['input_ids'][0].tolist()
         delta = robust.uniform_delta(model, pair, 0.0, layer)
@@ -151,10 +166,11 @@ def check_encoder(name, model, tokenizer, layer=0):
     except InputError as error:
         raise InputError(f'{name}: {error}') from None
     except Exception as error:
-        raise InputError(f'{name}: cannot classify a pair of sentences ({first_line(error)}); use another encoder') from None
-    together = first + second
+        raise InputError(f'{name}: cannot classify a pair of sentences ({first_line(error)}); '
+                         'use another encoder') from None
     if any(ids[at:at + len(together)] == together for at in range(len(ids))):
-        raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; use another encoder')
+        raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; '
+                         'use another encoder')
 
 
 def first_line(error):
@@ -163,7 +179,7 @@ def first_line(error):
 
 
 def fingerprint(model, tokenizer):
-    """16 hex digits of what was pre-trained: the encoder's weights, as float32, and the vocabulary; pooler and head left out."""
+    """16 hex digits of what was pre-trained: the vocabulary, the encoder's weights but for its pooler."""
     found = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for name, weight in sorted(model.base_model.named_parameters()):
         if 'pooler' not in name:
@@ -173,7 +189,7 @@ def fingerprint(model, tokenizer):
 
 
 def longest(model, tokenizer, max_length):
-    """How many tokens an input may have: max_length, or as many as the encoder has positions, which is then said."""
+    """How many tokens an input may have: max_length, or the encoder's positions, which is then said."""
     most = tokenizer.model_max_length
     for name, module in model.base_model.named_modules():
         if name.endswith('position_embeddings') and isinstance(module, torch.nn.Embedding):
@@ -188,7 +204,7 @@ def longest(model, tokenizer, max_length):
 # ---------------------------------------------------------------- scoring
 
 def encode(tokenizer, pairs, max_length):
-    """Tokenise pairs -> their features, a list of dicts that `tokenizer.pad` takes, and how many pairs were cut."""
+    """Tokenise pairs -> features, a list of dicts that `tokenizer.pad` takes, and how many pairs were cut."""
     premises, hypotheses = [pair.premise for pair in pairs], [pair.hypothesis for pair in pairs]
     encoded = tokenizer(premises, hypotheses, truncation=True, max_length=max_length)
     features = [{name: encoded[name][i] for name in encoded} for i in range(len(pairs))]
@@ -201,14 +217,15 @@ def encode(tokenizer, pairs, max_length):
 
 def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_length=128, desc='predicting',
             delta=None, layer=0, passes=1):
-    """argmax_c f(Enc(x))_c for each Pair -> label indices (pairs,), and how many pairs were cut at max_length tokens.
+    """argmax_c f(Enc(x))_c for each Pair -> label indices (pairs,), and how many pairs were cut.
 
     `delta`: a function, (inputs, labels) of a batch -> the perturbation of Enc(x), which ends at `layer`.
-    Of several passes the majority, of tied classes the one with the highest mean probability: with a random delta
-    the smoothed classifier g (3.2). Leaves the model in eval mode. Raises InputError for logits that are not finite.
+    Of several passes the majority, of tied classes that with the highest mean probability: with a random
+    delta the smoothed classifier g (3.2). Leaves the model in eval mode. Raises InputError for logits that
+    are not finite.
     """
     if not all(isinstance(pair, Pair) for pair in pairs):
-        raise InputError('predict takes a list of data.Pair(premise, hypothesis, label); the label may be None')
+        raise InputError('predict takes a list of data.Pair(premise, hypothesis, label or None)')
     model.eval()
     features, cut = encode(tokenizer, pairs, max_length)
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
@@ -232,15 +249,15 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
             votes = votes + logits.softmax(-1) / (passes + 1)       # all passes together less than one vote
         winners.append(votes.argmax(-1))
     if not torch.stack(finite).all():       # at the end, as is the copy from the GPU: each would wait for it
-        raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; train it with a smaller lr '
-                         'or eps, or in float32')
+        raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; train it with a '
+                         'smaller lr or eps, or in float32')
     predicted = torch.empty(len(pairs), dtype=torch.long)
     predicted[order] = torch.cat(winners).cpu()
     return predicted, cut
 
 
 def marks(predicted, pairs):
-    """'1' for each pair that is right and '0' for each that is wrong, as one string; None where a pair has no label."""
+    """'1' for each pair that is right, '0' for each that is wrong, as one string; None without labels."""
     found = ''
     for prediction, pair in zip(predicted.tolist(), pairs, strict=True):
         if pair.label is None:
@@ -260,8 +277,9 @@ def label_order(model, task):
     ids = {str(name).lower(): int(i) for i, name in model.config.id2label.items()}
     if set(ids) != set(labels):
         wanted = json.dumps(dict(enumerate(labels)))
-        raise InputError(f'{model.config.name_or_path}: its labels are {", ".join(ids)}; {task} has {", ".join(labels)}. '
-                         f'If they mean the same, say so in its config.json: "id2label": {wanted}, in its own order')
+        raise InputError(f'{model.config.name_or_path}: its labels are {", ".join(ids)}; {task} has '
+                         f'{", ".join(labels)}. If they mean the same, write the names into its config.json, '
+                         f'in its own order: "id2label": {wanted}')
     return [ids[label] for label in labels]
 
 
@@ -278,9 +296,9 @@ def read_as(model, task, data, split, lang, max_eval=None):
 def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, predictions=None, **options):
     """Predict the SPLIT file of each language -> {lang: {'marks', 'cut', 'answers'}}.
 
-    `marks` as the function, `cut` the pairs that were cut at max_length tokens, `answers` how often each of the task's
-    labels was given. `predictions`: a folder that gets LANG's answers as SPLIT-LANG.tsv, one label a line, which
-    XTREME's evaluation takes. Of the dev files English alone has to be there. `options` go to `predict`.
+    `marks` as the function, `cut` how many pairs were cut, `answers` how often each of the task's labels was
+    given. `predictions`: a folder that gets the answers as SPLIT-LANG.tsv, one label a line, which XTREME's
+    evaluation takes. Of the dev files English alone has to be there. `options` go to `predict`.
     """
     labels = TASKS[task].labels
     order = label_order(model, task)
@@ -300,49 +318,49 @@ def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, p
     return found
 
 
-def say_cut(found, max_length):
-    """Say how many pairs of each language were cut, if any. `found`: as `score` gives it, or {lang: count}."""
-    cut = {lang: row['cut'] if isinstance(row, dict) else row for lang, row in found.items()}
+def cut_note(cut, max_length):
+    """The notes, one or none, about pairs longer than max_length tokens. cut: {language: how many}."""
     parts = [f'{lang} {count:,}' for lang, count in cut.items() if count]
-    if parts:
-        say(f'pairs of more than {max_length} tokens, cut there: {", ".join(parts)}')
+    return [f'pairs of more than {max_length} tokens, cut there: {", ".join(parts)}'] if parts else []
 
 
 # ---------------------------------------------------------------- records
 
 def read_records(names):
-    """The records of runs -> list of dicts, each with its `name` (results.json, a line of train.py's, has all else).
+    """The records of runs -> list of dicts: what train.py wrote as results.json, and `name`.
 
-    A name is a run folder or a .jsonl file of such lines (`cat RUN/results.json ... > FILE.jsonl`). Raises InputError.
+    A name is a run folder, or a .jsonl file of such lines (`cat runs/*/results.json > FILE.jsonl`).
+    Raises InputError.
     """
     records = []
     for name in names:
         path = Path(name)
         if not path.exists():
-            raise InputError(f'{name}: no such folder or file; expected a run folder of train.py, or a .jsonl of results')
+            raise InputError(f'{name}: no such folder; expected a run folder of train.py, or a .jsonl')
         if path.is_dir():
-            if not (path / 'results.json').exists():
+            path = path / 'results.json'
+            if not path.exists():
                 raise InputError(f'{name}: no results.json in it, so that it is no finished run of train.py; '
-                                 'name its task to score another classifier')
-            records.append(read_record((path / 'results.json').read_text(encoding='utf-8'), str(path), path / 'results.json'))
-            continue
-        for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
-            if line.strip():
-                records.append(read_record(line, f'{name}:{number}', f'{name}:{number}'))
+                                 '--task TASK scores any other classifier')
+        for number, line in enumerate(read_lines(path, 'a record of train.py a line'), 1):
+            if path.suffix == '.json':
+                records.append(read_record(line, path) | {'name': str(name)})
+            elif line.strip():
+                records.append(read_record(line, f'{name}:{number}') | {'name': f'{name}:{number}'})
     return records
 
 
-def read_record(text, name, where):
+def read_record(line, where):
     """One record from its line of JSON."""
-    needed = ('args', 'files', 'dtype', 'dev', 'step', 'steps', 'test', 'test_marks')
     try:
-        record = json.loads(text)
+        record = json.loads(line)
+        needed = ('args', 'files', 'dtype', 'dev', 'step', 'test_marks')
         missing = [key for key in needed if key not in record]
     except (ValueError, TypeError) as error:
         raise InputError(f'{where}: not JSON ({error}); expected a record of train.py') from None
     if missing:
-        raise InputError(f'{where}: a record without {", ".join(missing)}; expected one that this train.py wrote')
-    return record | {'name': name}
+        raise InputError(f'{where}: a record without {", ".join(missing)}; expected one of this train.py')
+    return record
 
 
 # ---------------------------------------------------------------- beyond the tables
@@ -350,8 +368,8 @@ def read_record(text, name, where):
 def crossed(first, second):
     """Premises of one language with hypotheses of another, row by row -> list of Pair; the label may be None.
 
-    A row whose two labels differ is left out, and so is one with PAWS-X's placeholder NS ('no sentence') on any
-    side, as its label is not about a sentence. Where one side has no labels the other's serve.
+    A row whose two labels differ is left out, and so is one with PAWS-X's placeholder NS ('no sentence') on
+    any side: its label is not about a sentence. Where one side has no labels the other's serve.
     """
     pairs = []
     for a, b in zip(first, second, strict=True):
@@ -362,7 +380,7 @@ def crossed(first, second):
 
 
 def tested(model, tokenizer, pairs, **options):
-    """Predict pairs -> {'marks', 'cut', 'items'}: which are right (None without labels), how many were cut, how many."""
+    """Predict pairs -> {'marks' as the function, 'cut': how many were too long, 'items': how many}."""
     predicted, cut = predict(model, tokenizer, pairs, **options)
     return {'marks': marks(predicted, pairs), 'cut': cut, 'items': len(pairs)}
 
@@ -370,13 +388,14 @@ def tested(model, tokenizer, pairs, **options):
 def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options):
     """The published version's generalised setting: premise in one language, hypothesis in another.
 
-    -> {'en-de' (premise-hypothesis): what `tested` gives}. Made from the row-aligned test files; raises InputError
-    if they are not of one length. `options`, here and below: of `predict`.
+    -> {'en-de' (premise-hypothesis): what `tested` gives}. Made from the row-aligned test files; raises
+    InputError if they are not of one length. `options`, here and below: of `predict`.
     """
     files = {lang: read_as(model, task, data, 'test', lang, max_eval) for lang in langs}
+    rows = len(files[langs[0]])
     for lang, pairs in files.items():
-        if len(pairs) != len(files[langs[0]]):
-            raise InputError(f'{Path(data) / task}: {len(pairs)} rows in test-{lang}.tsv, {len(files[langs[0]])} in '
+        if len(pairs) != rows:
+            raise InputError(f'{Path(data) / task}: {len(pairs)} rows in test-{lang}.tsv, {rows} in '
                              f'test-{langs[0]}.tsv; the generalised setting needs row-aligned files')
     found = {}
     for first in langs:
@@ -389,7 +408,7 @@ def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options
 
 
 def in_ball(model, *, eps, steps=0, layer=0, seed=42):
-    """For `predict`: delta uniform in the L-inf ball, afresh at each call, or after `steps` steps of PGD in it."""
+    """For `predict`: delta uniform in the L-inf ball, afresh each time, or after `steps` steps of PGD."""
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def delta(inputs, labels):
@@ -408,16 +427,16 @@ def smoothed(model, tokenizer, task, data, langs, *, eps, passes, layer=0, seed=
     found = {}
     for lang in langs:
         pairs = read_as(model, task, data, 'test', lang, max_eval)
-        delta = in_ball(model, eps=eps, layer=layer, seed=seed)
-        found[lang] = tested(model, tokenizer, pairs, delta=delta, layer=layer, passes=passes, desc=lang, **options)
+        noise = {'delta': in_ball(model, eps=eps, layer=layer, seed=seed), 'layer': layer, 'passes': passes}
+        found[lang] = tested(model, tokenizer, pairs, desc=f'test-{lang}', **noise, **options)
     return found
 
 
 def regions(model, tokenizer, task, data, langs, *, radii, steps, layer=0, seed=42, max_eval=None, **options):
-    """The test files at each radius of the L-inf ball, under uniform noise (one draw a pair) and under attack.
+    """Accuracy at each radius of the L-inf ball, under uniform noise (one draw a pair) and under attack.
 
-    -> {language: what `tested` gives, with the accuracies 'noise': [a radius], 'attack': [a radius]}. What the
-    attack does not find may be there all the same: its accuracy is an upper bound of the robust accuracy.
+    -> {language: what `tested` gives, and 'noise' and 'attack': [accuracy at each radius]}. What the attack
+    does not find may be there all the same: its accuracy is an upper bound of the robust accuracy.
     """
     found = {}
     for lang in langs:
@@ -426,7 +445,8 @@ def regions(model, tokenizer, task, data, langs, *, radii, steps, layer=0, seed=
         for eps in radii:
             for kind, pgd in (('noise', 0), ('attack', steps)):
                 delta = in_ball(model, eps=eps, steps=pgd, layer=layer, seed=seed)
-                row = tested(model, tokenizer, pairs, delta=delta, layer=layer, desc=f'{lang} {kind} {eps:g}', **options)
+                row = tested(model, tokenizer, pairs, delta=delta, layer=layer,
+                             desc=f'{lang} {kind} {eps:g}', **options)
                 curves[kind].append(accuracy(row['marks']))
         found[lang] = row | curves
     return found
@@ -449,7 +469,7 @@ def check_picture(path):
 
 
 def save_picture(figure, path):
-    """Write a matplotlib figure, whole or not at all. Raises InputError, or OSError where it cannot be written."""
+    """Write a matplotlib figure, whole or not at all. Raises as check_picture, or OSError."""
     check_picture(path)
     with replacing(path) as part:
         figure.savefig(part, dpi=150)
@@ -460,26 +480,33 @@ def draw_regions(curves, radii, title, chance):
 
     curves: {name: [what `regions` found, one a seed]}, drawn as the mean over seeds. chance: in percent.
     """
-    langs = list(next(iter(curves.values()))[0])
+    everything = []
+    for seeds in curves.values():
+        everything += seeds
+    langs = list(everything[0])
+    for found in everything:
+        langs = [lang for lang in langs if lang in found and None not in found[lang]['noise']]
+    if not langs:
+        raise InputError('no language has labels in every run: there is nothing to draw')
     columns = min(4, len(langs))
     lines = math.ceil(len(langs) / columns)
     figure = new_figure(2.6 * columns + 1, 2.4 * lines + 1.5)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for lang, axes in zip(langs, panels):
         axes.axhline(chance, color='grey', linestyle=':', label=f'chance ({chance:.0f}%)')
-        axes.set(title=lang, ylim=(0, 103), ylabel='accuracy (%)', xlabel='radius eps (L-inf)')
+        axes.set(title=lang, ylim=(0, 103), ylabel='accuracy (%)', xlabel='eps (L-inf)')
         axes.set_xticks(range(len(radii)), [f'{radius:g}' for radius in radii])
+        width = 3
         for number, (name, seeds) in enumerate(curves.items()):
-            # Thinner and thinner, the markers hollow: where curves coincide each is still seen.
-            width = 3 - 2 * number / len(curves)
             for kind, style in (('noise', '-'), ('attack', '--')):
-                mean = torch.tensor([found[lang][kind] for found in seeds]).mean(0)
+                mean = torch.tensor([found[lang][kind] for found in seeds], dtype=torch.double).mean(0)
                 axes.plot(mean, style, color=f'C{number}', marker='os^Dv<>P'[number % 8], fillstyle='none',
                           linewidth=width, markersize=3 * width, label=f'{name}, {kind}')
-                width *= 0.6
+                # Thinner and thinner, the markers hollow: where curves coincide each is still seen.
+                width -= 1 / len(curves)
     for axes in panels[len(langs):]:
         axes.set_axis_off()
-    figure.suptitle(title, fontsize='medium')
+    figure.suptitle(f'{title}\neps: radius of the L-inf ball, in embedding coordinates', fontsize='medium')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return figure
 
@@ -503,20 +530,15 @@ PAPER = {
         'rs_a': '80.0 65.5 69.5 71.7 67.6 74.1 73.8 61.5 69.6 51.3 54.8 63.3 60.3 70.4 70.3 66.9',
     },
 }
-# What tells runs of a method apart beyond eps and seed. Of plain, in the order of the paper's tables.
-OWN = {
-    'plain': (),
-    'adv': ('layer', 'adv_steps', 'plain_steps'),
-    'rs_r': ('layer',),
-    'rs_a': ('m', 'p', 'replace', 'english_only', 'epochs'),
-}
-MAY_DIFFER = {'method', 'eps', 'seed', 'layer', 'adv_steps', 'plain_steps', 'm', 'p', 'replace', 'english_only'}
 UNIT = {'xnli': 3}      # items that were not drawn apart: a premise of XNLI has three rows
 # Student's t, 97.5%, at 1, 2, ... 30 degrees of freedom; beyond, the normal's 1.96 is near enough.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+        2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+        2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 ONE_ANSWER = 0.95       # a run that gives one answer to this share of the English test items is marked (ours)
 TRIAL = 100             # fewer steps or items than these are called a trial (ours)
+UPPER_BOUND = ('attack: an upper bound of the robust accuracy; what PGD does not find may be there, and '
+               'where a classifier is very sure its gradient vanishes')
 
 
 class Table(NamedTuple):
@@ -560,7 +582,8 @@ def count_items(record):
 
 def settings(record):
     """What must agree between two records that both name it -> {name: value}."""
-    found = {name: value for name, value in record['args'].items() if name not in MAY_DIFFER}
+    may_differ = {'method', 'seed'}.union(*robust.METHODS.values())
+    found = {name: value for name, value in record['args'].items() if name not in may_differ}
     found |= {name: value for name, value in record['files'].items() if name != 'synonyms'}
     found |= {f'test items of {lang}': items for lang, items in count_items(record).items()}
     found['dtype'] = record['dtype']
@@ -579,9 +602,9 @@ def differences(one, other):
 
 
 def counted(record, group):
-    """Whether the same run is in a group that the record fits: a folder and its line in a .jsonl, for instance."""
+    """Whether the same run is in a group that the record fits: the folder whose line it is, for instance."""
     for other in group:
-        same = record['args'] == other['args'] and record['files'].get('synonyms') == other['files'].get('synonyms')
+        same = record['args'] == other['args'] and own(record) == own(other)
         if same and record['test_marks'] != other['test_marks']:
             say(f'{record["name"]}: the same run as {other["name"]}, with other results; left out')
         if same:
@@ -609,21 +632,23 @@ def groups(records):
 
 
 def is_plain(record):
-    """Whether adv's checkpoint is of the plain steps that it began with: made by plain training, not by adv."""
+    """Whether adv's checkpoint is of the plain steps that it began with: it is no adv then."""
     args = record['args']
     return args['method'] == 'adv' and record['step'] <= (args.get('plain_steps') or 0)
 
 
 def own(record):
     """What tells a run from others of its method, eps and seed aside: {name: value}."""
-    values = {name: record['args'].get(name) for name in OWN.get(record['args']['method'], ())}
-    if record['args']['method'] == 'rs_a':
+    args = record['args']
+    values = {name: args.get(name) for name in robust.METHODS.get(args['method'], ()) if name != 'eps'}
+    if args['method'] == 'rs_a':
+        values['epochs'] = args.get('epochs')
         values['synonyms'] = record['files'].get('synonyms')
     return values
 
 
 def label_of(record, group):
-    """The method, what tells it from the group's other runs of it, and how adv began: 'rs_a replace=authors'."""
+    """The method, what tells the run from others of it, and how adv began: 'adv layer=1 (from the start)'."""
     parts = [record['args']['method']]
     others = [own(other) for other in group if other['args']['method'] == parts[0]]
     for name, value in own(record).items():
@@ -645,11 +670,11 @@ def row_name(label, eps):
 def variants(group):
     """A group's records by method and own arguments, then by rising eps -> {label: {eps: [records]}}.
 
-    In the order of the paper's tables, seeds rising. An adv whose checkpoint is of its plain steps is left out.
+    In the order of the paper's tables, seeds rising; without an adv whose checkpoint is of its plain steps.
     """
     def order(record):
         args = record['args']
-        return [*OWN, args['method']].index(args['method']), args['eps'] or 0, args['seed']
+        return [*robust.METHODS, args['method']].index(args['method']), args['eps'] or 0, args['seed']
 
     found = {}
     for record in sorted(group, key=order):
@@ -702,7 +727,11 @@ def oracle(by_eps, langs):
 def paired(robust, plain):
     """[(robust record, plain record)] of the seeds that both have."""
     by_seed = {record['args']['seed']: record for record in plain}
-    return [(record, by_seed[record['args']['seed']]) for record in robust if record['args']['seed'] in by_seed]
+    pairs = []
+    for record in robust:
+        if record['args']['seed'] in by_seed:
+            pairs.append((record, by_seed[record['args']['seed']]))
+    return pairs
 
 
 def seed_gains(pairs, langs):
@@ -717,17 +746,18 @@ def item_gains(pairs, lang):
     for records in pairs:
         ours, plain = [record['test_marks'].get(lang) or '' for record in records]
         if len(ours) != len(plain):
-            raise InputError(f'{records[0]["name"]}, {records[1]["name"]}: {len(ours)} and {len(plain)} test items '
-                             f'of {lang}; only runs scored on the same items can be compared')
+            names = ', '.join(record['name'] for record in records)
+            raise InputError(f'{names}: {len(ours)} and {len(plain)} test items of {lang}; only runs scored '
+                             'on the same items can be compared')
         rows.append([int(a) - int(b) for a, b in zip(ours, plain)])
     return torch.tensor(rows, dtype=torch.double).mean(0)
 
 
 def item_errors(pairs, langs):
-    """Standard error of the gain, in points, that the choice of the test items makes: float64 (languages + 1,).
+    """Standard error of the gain, in points, by the choice of the test items: float64 (languages + 1,).
 
-    The items of a unit were drawn together, and the items of a row are translations of one another: of the
-    average over languages a unit has one share, the mean of theirs. nan from a single unit, or without labels.
+    The items of a unit were drawn together, and those of a row are translations of one another: in the
+    average over languages a unit has one share, the mean of theirs. nan from a single unit or without labels.
     """
     unit = UNIT.get(pairs[0][0]['args']['task'], 1)
     errors = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
@@ -750,11 +780,11 @@ def error_of_sum(shares):
 
 
 def gain(robust, plain, langs):
-    """What robust training gains in accuracy -> (points, half): float64 (languages + 1,), the last the average.
+    """What robust training gains in accuracy -> (points, half): float64 (languages + 1,), the average last.
 
-    points: mean over the seeds that both have. half: half the width of its 95% interval (ours), which covers the
-    choice of the items (normal) and, from two seeds on, of the seeds (Student's t). nan without labels or a seed
-    in common; half also from a single item. Raises InputError if the two have different numbers of items.
+    points: mean over the seeds that both have. half: half the width of its 95% interval (ours), which covers
+    the choice of the items (normal) and, from two seeds on, of the seeds (Student's t). nan without labels or
+    a seed in common; half also from a single item. InputError if the two have different numbers of items.
     """
     pairs = paired(robust, plain)
     if not pairs:
@@ -782,7 +812,7 @@ def stuck(records):
 
 
 def method_rows(label, by_eps, plain, langs, seeds):
-    """A row for each eps, and under the chosen one its deviation over seeds, its gain over plain and the oracle."""
+    """A row for each eps; under the chosen one the deviation over seeds, the gain over plain, the oracle."""
     rows = []
     columns, chosen = [*langs, 'avg.'], chosen_eps(by_eps)
     for eps, records in by_eps.items():
@@ -809,20 +839,23 @@ def method_rows(label, by_eps, plain, langs, seeds):
 
 
 def method_notes(label, by_eps, plain, langs):
-    """What is said of a method under its table: English dev of each eps, each seed's gain, what went wrong."""
+    """What is said of a method under its table: English dev of each eps, each seed's gain, oddities."""
     notes, devs = [], []
     for eps, records in by_eps.items():
         devs.append(f'{row_name("at", eps)} {mean_dev(records):.1f} (n={len(records)})'.removeprefix('at '))
         shares = stuck(records)
         if shares:
-            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * min(shares):.0f}% of the English items '
-                         f'in {len(shares)} of {len(records)} seeds')
+            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * min(shares):.0f}% of the '
+                         f'English items in {len(shares)} of {len(records)} seeds')
     notes.insert(0, f'{label}: English dev, mean over seeds: {", ".join(devs)}')
     records = by_eps[chosen_eps(by_eps)]
-    if plain and records is not plain:
-        pairs = paired(records, plain)
-        each = [f'{points[-1]:+.1f}' for points in seed_gains(pairs, langs)] if pairs else ['none in common with plain']
-        notes.append(f'{label}, each seed: {" ".join(each)}' + '; of one seed, ± covers items only' * (len(pairs) == 1))
+    pairs = paired(records, plain or [])
+    if plain and not pairs:
+        notes.append(f'{label}: no seed in common with plain, so no gain')
+    elif plain and records is not plain:
+        each = ' '.join(f'{points[-1]:+.1f}' for points in seed_gains(pairs, langs))
+        alone = '; from one seed ± covers items only' if len(pairs) == 1 else ''
+        notes.append(f'{label}, each seed: {each}{alone}')
     changed = [record['changed'] for record in records if record.get('changed') is not None]
     if changed:
         notes.append(f'{label}: its copies changed {100 * sum(changed) / len(changed):.1f}% of the words')
@@ -839,23 +872,17 @@ def paper_rows(task, name, langs):
 
 
 def legend(found, missing):
-    """The notes that explain the rows of a table, {label: {eps: records}}, and the languages without figures."""
+    """The notes that explain the rows of a table, {label: {eps: records}}, and missing languages."""
     notes = []
     if any(len(by_eps) > 1 for by_eps in found.values()):
         notes.append('chosen: by English dev; oracle eps: each language takes the best on its own dev file')
     if 'plain' in found and len(found) > 1:
-        notes.append('±: 95%, over the choice of items (paired; the three rows of an XNLI premise are one) and, from '
-                     'two seeds on, of seeds (paired, t)')
+        notes.append('±: 95%, over the choice of items (paired; three rows of an XNLI premise are one) and, '
+                     'from two seeds on, of seeds (paired, t)')
     if missing:
-        notes.append(f'{" ".join(missing)}: no labels in the test file, or not scored in every run; not in avg. '
-                     "XTREME's script strips the labels; `python data.py TASK` fetches files that have them")
+        notes.append(f'{" ".join(missing)}: no labels in the test file, or not scored in every run; not in '
+                     "avg. XTREME's script strips labels; `python data.py TASK` fetches files that have them")
     return notes
-
-
-def cut_note(cut, max_length):
-    """The note about pairs longer than max_length tokens, {language: how many}, or none."""
-    parts = [f'{lang} {count:,}' for lang, count in cut.items() if count]
-    return [f'pairs of more than {max_length} tokens, cut there: {", ".join(parts)}'] if parts else []
 
 
 def span(numbers):
@@ -873,9 +900,10 @@ def caption(group):
     pairs = [record.get('train_pairs') or 0 for record in group]
     seeds = sorted({record['args']['seed'] for record in group})
     model = (first.get('paths') or {}).get('model') or '?'
-    lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {" ".join(map(str, seeds))}',
-             f'model {Path(model).name}; {span(steps)} steps; {span(pairs)} training pairs; {span(items)} test items '
-             f'a language; {first["dtype"].removeprefix("torch.")}']
+    named = ' '.join(map(str, seeds))
+    lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {named}',
+             f'model {Path(model).name}; {span(steps)} steps; {span(pairs)} training pairs; '
+             f'{span(items)} test items a language; {first["dtype"].removeprefix("torch.")}']
     if min([*steps, *items]) < TRIAL:
         lines.append(f'A trial, not a result: {span(steps)} steps, {span(items)} items.')
     for name in ('source', 'versions', 'device'):
@@ -904,7 +932,8 @@ def table_of(group):
     for record in filter(is_plain, group):
         below.append(f'{record["name"]}: left out; its checkpoint, step {record["step"]}, is of the '
                      f'{record["args"]["plain_steps"]} plain steps that adv began with')
-    below += legend(found, [lang for lang in langs if lang not in known]) + cut_note(cut, args['max_length'])
+    below += legend(found, [lang for lang in langs if lang not in known])
+    below += cut_note(cut, args['max_length'])
     return Table(caption(group), [*langs, 'avg.'], rows, below)
 
 
@@ -927,7 +956,7 @@ def apart(group, before):
 
 
 def report(records):
-    """Print Tables 1 and 2 from records, a table for each group of those that belong together -> list of Table."""
+    """Print Tables 1 and 2 from records, a table for each group that belongs together -> list of Table."""
     tables, before = [], []
     for group in groups(records):
         table = table_of(group)
@@ -944,27 +973,28 @@ def parse_args(words=None):
     """The command line, or these words of one."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                      epilog='See the top of evaluate.py for examples.')
+    count, radius = in_range(int, 1), in_range(float, 0)
     add = parser.add_argument_group('what').add_argument
-    add('runs', nargs='+', metavar='RUN', help='run folder of train.py, or a .jsonl of results: prints their tables')
-    add('--task', choices=TASKS, help='RUN is any other classifier, a folder or a name of the hub, of this task')
-    add('--langs', nargs='+', metavar='LANG', help="score these anew: any with a test-LANG.tsv; else the run's")
+    add('runs', nargs='+', metavar='RUN', help='run folder, or .jsonl of results: prints their tables')
+    add('--task', choices=TASKS, help='RUN is any classifier of this task: a folder, or a name of the hub')
+    add('--langs', nargs='+', metavar='LANG', help="score anew any with a test-LANG.tsv; else the run's")
     add('--data', help="score anew the files of this folder in XTREME's layout; else the run's")
-    add('--max-eval', type=in_range(int, 1), metavar='N', help='score anew the first N pairs a file; else as the run')
-    add('-o', '--output', metavar='PATH', help='write what is printed: FILE.json; of --regions a picture: FILE.png '
-        'or .svg; of --task alone the predictions: FOLDER')
+    add('--max-eval', type=count, metavar='N', help='score anew the first N pairs a file; else as the run')
+    add('-o', '--output', metavar='PATH', help='write what is printed, FILE.json; of --regions a picture, '
+        'FILE.png or FILE.svg; of --task alone the predictions, FOLDER')
     group = parser.add_argument_group('beyond the tables: measured each time, and printed')
     add = group.add_mutually_exclusive_group().add_argument
-    add('--generalized', action='store_true', help='premise in one language, hypothesis in another: all pairs')
-    add('--smooth', type=in_range(int, 1), metavar='N', help='majority over N noisy passes: g of section 3.2')
-    add('--regions', action='store_true', help='accuracy against the radius, under noise and under a PGD attack')
+    add('--generalized', action='store_true', help='premise in one language, hypothesis in another')
+    add('--smooth', type=count, metavar='N', help='majority over N noisy passes: g of section 3.2')
+    add('--regions', action='store_true', help='accuracy against the radius, under noise and attack')
     add = group.add_argument
-    add('--eps', type=in_range(float, 0), help="--smooth: radius of the noise; else the training's")
-    add('--radii', type=in_range(float, 0), nargs='+', default=(0, 0.01, 0.03, 0.1, 0.3, 1), metavar='EPS',
-        help='--regions (default: %(default)s, ours)')
-    add('--steps', type=in_range(int, 1), default=10, metavar='N', help='--regions: of the attack (default: 10, ours)')
+    add('--eps', type=radius, help="--smooth: radius of the noise; else the training's")
+    add('--radii', type=radius, nargs='+', default=(0, 0.01, 0.03, 0.1, 0.3, 1), metavar='EPS',
+        help='--regions: its radii (default: %(default)s, ours)')
+    add('--steps', type=count, default=10, metavar='N', help='--regions: of PGD (default: %(default)s, ours)')
     add('--seed', type=in_range(int, 0, 2 ** 63), default=42, help='of the noise (default: %(default)s)')
     add = parser.add_argument_group('how').add_argument
-    add('--batch', type=in_range(int, 1), default=64, metavar='N', help='pairs at once (default: %(default)s)')
+    add('--batch', type=count, default=64, metavar='N', help='pairs at once (default: %(default)s)')
     add('--float32', action='store_true', help='measure without bfloat16; else as the run was trained')
     return parser.parse_args(words)
 
@@ -976,12 +1006,13 @@ def check(args, records):
         raise InputError(f'{named}: runs of several tasks; name those of one')
     for name, record in zip(args.runs, records):
         if args.smooth and args.eps is None and record['args']['eps'] is None:
-            raise InputError(f'{name}: {record["args"]["method"]} has no eps of its own; say --eps with --smooth')
+            method = record['args']['method']
+            raise InputError(f'{name}: {method} has no eps of its own; say --eps with --smooth')
     if args.output and args.regions:
         check_picture(args.output)
     elif args.output and writes_predictions(args):
         if len(records) > 1:
-            raise InputError(f'-o {args.output}: one folder for the predictions of {named}; name one classifier')
+            raise InputError(f'-o {args.output}: one folder for predictions of {named}; name one classifier')
     elif args.output and Path(args.output).suffix != '.json':
         raise InputError(f'-o {args.output}: expected FILE.json')
 
@@ -992,13 +1023,13 @@ def writes_predictions(args):
 
 
 def find_run(name, args):
-    """The record of a run whose model is at hand; for a classifier that train.py did not make, one like it."""
+    """The record of a run whose model is at hand; for a classifier of other making, one like it."""
     path = Path(name)
     if args.task and not (path / 'results.json').exists():
         trained = {'task': args.task, 'method': path.name, 'eps': None, 'seed': None, 'layer': None,
                    'max_length': 128, 'max_eval': None}
-        langs = dict.fromkeys(TASKS[args.task].languages)
-        return {'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None, 'test_marks': langs}
+        return {'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
+                'test_marks': dict.fromkeys(TASKS[args.task].languages)}
     if path.is_file():
         raise InputError(f'{name}: results without their models; to measure anew, name run folders')
     record = read_records([name])[0]
@@ -1041,13 +1072,10 @@ def measure(name, record, args, predictions):
         what, rows = 'scored anew', [scores_row(name, found, columns)]
     items = span([row['items'] for row in found.values()])
     above = [f'{name}, {trained["task"]}, accuracy in percent: {what}',
-             f'test files of {data}, {items} items; languages {" ".join(langs)}; {str(dtype)[6:]}; {device.type}']
+             f'test files of {data}, {items} items; languages {" ".join(langs)}; '
+             f'{str(dtype).removeprefix("torch.")}; {device.type}']
     notes += cut_note({lang: row['cut'] for lang, row in found.items()}, max_length)
     return Table(above, columns, rows, notes), found
-
-
-UPPER_BOUND = ('attack: an upper bound of the robust accuracy; what PGD does not find may be there, and where a '
-               'classifier is very sure the gradient vanishes')
 
 
 def scores_row(name, found, columns):
@@ -1062,11 +1090,12 @@ def generalized_rows(found, langs):
     for first in langs:
         row = [found[f'{first}-{second}'] for second in langs]
         cells = as_cells(langs, [accuracy(cell['marks']) for cell in row])
-        rows += [(first, cells), ('  rows used', {lang: f'{cell["items"]:,}' for lang, cell in zip(langs, row)})]
+        used = {lang: f'{cell["items"]:,}' for lang, cell in zip(langs, row)}
+        rows += [(first, cells), ('  rows used', used)]
         others += [float(cell) for second, cell in cells.items() if second != first]
     mean = sum(others) / max(len(others), 1)
-    return rows, [f'mean of {len(others)} pairs of two languages: {mean:.1f}; left out: rows whose two labels differ, '
-                  'and those with a placeholder NS']
+    return rows, [f'mean of {len(others)} pairs of two languages: {mean:.1f}; left out: rows whose two '
+                  'labels differ, and those with a placeholder NS']
 
 
 def regions_rows(found, columns):
@@ -1083,7 +1112,7 @@ def measure_all(args):
     records = [find_run(name, args) for name in args.runs]
     check(args, records)
     tables, curves = [], {}
-    with tempfile.TemporaryDirectory() as part:         # -o is touched last: what cannot be written is printed
+    with tempfile.TemporaryDirectory() as part:     # -o is touched last: what cannot be written is printed
         predictions = Path(part) / str(args.task) if args.output and writes_predictions(args) else None
         for name, record in zip(args.runs, records):
             try:
@@ -1116,7 +1145,7 @@ def copy(source, target):
 
 
 def main(args=None):
-    """Print the tables of runs, or measure something else of them; write it where -o says, and nowhere else."""
+    """Print the tables of runs, or measure something else of them; write where -o says, and nowhere else."""
     args = args or parse_args()
     anew = args.langs or args.data or args.max_eval or args.task
     if anew or args.generalized or args.smooth or args.regions:

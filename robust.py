@@ -38,8 +38,7 @@ from data import InputError
 
 def plain(model, batch):
     """L(f(Enc(x)), y), the cross-entropy averaged over the batch (3.1, the normal training). A scalar."""
-    if 'labels' not in batch or 'attention_mask' not in batch:
-        raise InputError(f'a batch of {", ".join(batch)}; expected input_ids and attention_mask (B, T), labels (B,)')
+    require(batch, 'input_ids', 'attention_mask', 'labels')
     return model(**batch).loss
 
 
@@ -66,12 +65,19 @@ def rs_a(model, batch):
     return plain(model, batch)
 
 
+def require(batch, *names):
+    """Raise InputError where a batch lacks one of these tensors."""
+    for name in names:
+        if name not in batch:
+            raise InputError(f'a batch without {name}: it holds {", ".join(batch)}; expected input_ids and '
+                             'attention_mask (B, T) and labels (B,)')
+
+
 # ---------------------------------------------------------------- delta
 
 def uniform_delta(model, batch, eps, layer=0, generator=None):
     """delta uniform over the L-inf ball of radius eps (paper, section 4), 0 on padding: float32 (B, T, H)."""
-    if 'attention_mask' not in batch:
-        raise InputError(f'a batch of {", ".join(batch)}; expected input_ids and attention_mask (B, T), labels (B,)')
+    require(batch, 'attention_mask')
     mask = batch['attention_mask']
     delta = torch.empty(*mask.shape, width(model, layer), device=mask.device)
     return delta.uniform_(-eps, eps, generator=generator) * mask.unsqueeze(-1)
@@ -81,12 +87,12 @@ def worst_delta(model, batch, *, eps, steps=1, layer=0, generator=None):
     """Ascend the loss inside the ball and return delta: float32 (B, T, H), |delta| <= eps, 0 on padding.
 
     Uniform random start, `steps` sign steps, projection after each (3.1 names only the maximisation;
-    this is Madry et al.'s PGD, and with one step Wong et al.'s fast adversarial training). The size of
-    a step is 2.5 / (steps + 1) eps (ours): Wong et al.'s 1.25 at one step, Madry et al.'s 2.5 / steps at many.
+    this is Madry et al.'s PGD, and with one step Wong et al.'s fast adversarial training). A step is of
+    2.5 / (steps + 1) eps (ours): Wong et al.'s 1.25 at one step, Madry et al.'s 2.5 / steps at many.
     """
     step = eps * 2.5 / (steps + 1)
-    mask = batch['attention_mask'].unsqueeze(-1)
     delta = uniform_delta(model, batch, eps, layer, generator)
+    mask = batch['attention_mask'].unsqueeze(-1)
     for _ in range(steps):
         delta.requires_grad_()
         # The random state is put back after each pass: the inner passes and the outer one see the same
@@ -134,7 +140,7 @@ def hidden(model, layer):
 
 @contextlib.contextmanager
 def at_end_of_enc(model, layer, function):
-    """Within it, one forward pass calls function(Enc(x)); what that returns, unless None, goes on in its place.
+    """Within it, one forward pass calls function(Enc(x)); what that returns, unless None, takes its place.
 
     Raises InputError where the encoder does not pass through that layer exactly once.
     """
@@ -163,15 +169,16 @@ def at_end_of_enc(model, layer, function):
         for handle in handles:
             handle.remove()
     if calls != expected:
-        raise InputError(f'{type(model).__name__}: a forward pass ran layer {layer} {calls} times where {expected} were '
-                         'expected, so that delta does not reach Enc(x) once; use another encoder')
+        raise InputError(f'{type(model).__name__}: layer {layer} was run {calls} times in place of '
+                         f'{expected}, so that delta does not reach Enc(x) once; expected one forward pass '
+                         'of an encoder')
 
 
 def end_of_enc(model, layer):
-    """The modules that end Enc(x) -> (modules, their calls in a forward pass, which of the calls is the layer's).
+    """Where Enc(x) ends -> modules, how often a forward pass calls them, which of the calls is the layer's.
 
-    An encoder that shares its layers (ALBERT) calls one module many times. Raises InputError if there is no such
-    layer, or if the encoder keeps its layers in no single list.
+    An encoder that shares its layers (ALBERT) calls one module many times. Raises InputError if there is
+    no such layer, or if the encoder does not keep its layers in a single list.
     """
     if layer == 0:
         return [model.get_input_embeddings()], 1, 1
@@ -182,21 +189,31 @@ def end_of_enc(model, layer):
             stacks.append(module)
             inside.update(module.modules())
     if len(stacks) != 1:
-        raise InputError(f'{type(model).__name__} keeps its layers in {len(stacks)} lists, not one; only layer 0, '
-                         'the word embeddings, works with it')
+        raise InputError(f'{type(model).__name__} keeps its layers in {len(stacks)} lists; expected one. '
+                         'Layer 0, the word embeddings, may work')
     depth = model.config.num_hidden_layers
     if not 1 <= abs(layer) <= depth:
-        raise InputError(f'layer {layer}: the encoder has layers 1 to {depth} (or -1 to -{depth} from the end); '
-                         '0 is the word embeddings')
+        raise InputError(f'layer {layer}: the encoder has layers 1 to {depth}, or -1 to -{depth} from the '
+                         'end; 0 is the word embeddings')
     return list(stacks[0]), depth, layer if layer > 0 else depth + 1 + layer
 
 
 def width(model, layer=0):
-    """H, the last dimension of Enc(x): RemBERT's and ELECTRA's word embeddings are narrower than their layers."""
-    return model.get_input_embeddings().weight.shape[-1] if layer == 0 else model.config.hidden_size
+    """H, the last dimension of Enc(x): RemBERT's word embeddings are narrower than its layers."""
+    if layer == 0:
+        return model.get_input_embeddings().weight.shape[-1]
+    return model.config.hidden_size
 
 
 # ---------------------------------------------------------------- the method, an argument
+
+METHODS = {     # the arguments that only some of them use
+    'plain': (),
+    'adv': ('eps', 'layer', 'adv_steps', 'plain_steps'),
+    'rs_r': ('eps', 'layer'),
+    'rs_a': ('m', 'p', 'replace', 'english_only'),
+}
+
 
 class Objective(torch.nn.Module):
     """The loss of a method as a module, (batch, step) -> scalar: it may run the model more than once a call.
@@ -210,12 +227,13 @@ class Objective(torch.nn.Module):
         self.noise = torch.Generator(model.device)
 
     def forward(self, batch, step):
-        """The loss of a step. Its draws follow from (seed, step, rank): a resumed run needs no generator's state."""
+        """The loss of a step. Its draws follow from (seed, step, rank) alone: a stopped run can go on."""
         args = self.args
         torch.manual_seed(self.draw(step, 'dropout'))
         self.noise.manual_seed(self.draw(step, 'delta'))
         if args.method == 'adv' and step > args.plain_steps:
-            return adv(self.model, batch, eps=args.eps, steps=args.adv_steps, layer=args.layer, generator=self.noise)
+            return adv(self.model, batch, eps=args.eps, steps=args.adv_steps, layer=args.layer,
+                       generator=self.noise)
         if args.method == 'rs_r':
             return rs_r(self.model, batch, eps=args.eps, layer=args.layer, generator=self.noise)
         if args.method == 'rs_a':

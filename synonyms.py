@@ -51,9 +51,10 @@ def read_synonyms(path):
 
 # ---------------------------------------------------------------- replace
 
-# A word, whatever surrounds it (blanks, punctuation). Clitics may be written apart or not: XNLI's training file has
-# them apart (You won 't, do n't, I 've), its dev and test files do not, and both must offer the same words (ours).
-# A negated verb is one word, looked up without its blank. Other clitics ('s 've 'll) are no words, nor part of one.
+# A word, whatever surrounds it (blanks, punctuation). Clitics may be written apart or not: XNLI's training
+# file has them apart (You won 't, do n't, I 've), its dev and test files have not, and both must offer the
+# same words (ours). A negated verb is one word, looked up without its blank; 's 've 'll are no words, nor
+# part of one.
 CLITIC = r"(?: s | d | m | ll | re | ve ) (?! [^\W_] | ['’] )"
 WORD = re.compile(rf"""
     (?<! [^\W_] )                                       # begin where a word begins
@@ -109,7 +110,7 @@ def replace_as_authors(sentence, neighbours, rng):
 
 
 def english_only(neighbours, pairs):
-    """Only those neighbours that occur, in any case, in the English pairs (ours); words left without are gone.
+    """Only the neighbours that occur, in any case, in the English pairs (ours), and words that have any left.
 
     The public file holds Spanish words too (cat: gato), which flatters a cross-lingual claim.
     """
@@ -149,8 +150,8 @@ class Copies(Sequence):
     def __init__(self, pairs, neighbours, *, m=10, p=0.1, seed=42, name='neighbours'):
         self.pairs, self.neighbours, self.m, self.p, self.seed = pairs, neighbours, m, p, seed
         if not any(self._has_synonym(pair) for pair in pairs):
-            raise InputError(f'{name}: no word of the training pairs has a synonym in it (or none that english_only'
-                             ' keeps): RS-A would be plain training; expected neighbours of English words')
+            raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
+                             'english_only keeps: RS-A would be plain training; expected English words')
 
     def _has_synonym(self, pair):
         """Whether any word of the pair can be replaced."""

@@ -2,7 +2,7 @@
 
     python train.py --task pawsx --method rs_r --eps 0.1
     python train.py --task sample --method rs_r --eps 0.1       the same without any download
-    python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3     all of Table 1
+    python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
 A run folder holds, in the order in which it is written: args.json, what decides the run; a Hugging Face
 checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on; predictions/;
@@ -26,6 +26,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import resource
@@ -43,12 +44,10 @@ from torch.utils.data import DataLoader
 import evaluate
 import robust
 import synonyms
-from data import (NEIGHBOURS, TASKS, InputError, describe, digest, fetch_neighbours, in_range, languages_of, path_of, prepare,
-                  progress, read_pairs, replacing, run_script, share)
+from data import (NEIGHBOURS, TASKS, InputError, describe, digest, fetch_neighbours, in_range, languages_of,
+                  path_of, prepare, progress, read_pairs, replacing, run_script, share)
 
-METHODS = ('plain', 'adv', 'rs_r', 'rs_a')
-
-# XTREME: its published scripts; authors: uclanlp/Robust-XLT, which has RS-A alone. The sample world's are ours.
+# XTREME: its published scripts; authors: uclanlp/Robust-XLT, which has RS-A alone. The sample's are ours.
 DEFAULTS = {
     #                     pawsx   xnli    sample      source of the first two
     'lr':                (2e-5,   2e-5,   1e-3),    # XTREME, authors
@@ -62,10 +61,9 @@ DEFAULTS = {
     'float32':           (False,  False,  True),    # ours
 }
 EPS = {'adv': [0.001], 'rs_r': [0.1]}               # ours; the paper searches 0.001, 0.01, 0.1 and 1.0
-# What only some methods use. What a run does not use is null in its record, and decides nothing.
-OWN = {'eps': ('adv', 'rs_r'), 'layer': ('adv', 'rs_r'), 'adv_steps': ('adv',), 'plain_steps': ('adv',),
-       'm': ('rs_a',), 'p': ('rs_a',), 'replace': ('rs_a',), 'english_only': ('rs_a',)}
-DECIDE = ('task', 'method', 'seed', *OWN, 'epochs', 'lr', 'warmup', 'batch', 'max_length', 'eval_steps', 'max_steps',
+# What decides a run. What its method does not use is null in its record.
+DECIDE = ('task', 'method', 'seed', 'eps', 'layer', 'adv_steps', 'plain_steps', 'm', 'p', 'replace',
+          'english_only', 'epochs', 'lr', 'warmup', 'batch', 'max_length', 'eval_steps', 'max_steps',
           'max_train', 'max_eval', 'freeze_embeddings')
 PATHS = ('model', 'data', 'synonyms', 'out')
 
@@ -93,11 +91,13 @@ def parse_args(words=None):
 
     add = parser.add_argument_group('what to run').add_argument
     add('--task', choices=TASKS, required=True, help='sample: a small made-up world that needs no download')
-    add('--method', choices=METHODS, required=True, nargs='+', help='one run for each method, eps and seed')
+    add('--method', choices=robust.METHODS, required=True, nargs='+',
+        help='one run for each method, eps and seed')
     add('--eps', type=in_range(float, 0), nargs='+',
         help='adv, rs_r: radius of the L-inf ball (default: adv 0.001, rs_r 0.1; paper: 0.001 0.01 0.1 1.0)')
-    add('--seed', type=in_range(int, 0, 2 ** 63), nargs='+', default=[42], help='of every random draw (default: 42)')
-    add('--model', help='any Hugging Face encoder, a name or a folder (default: bert-base-multilingual-cased)')
+    add('--seed', type=in_range(int, 0, 2 ** 63), nargs='+', default=[42],
+        help='of every random draw (default: 42)')
+    add('--model', help=f'any Hugging Face encoder, a name or a folder (default: {evaluate.MBERT})')
     add('--dry-run', action='store_true', help='look at all that the runs will read, list them, and stop')
 
     add = parser.add_argument_group('the method').add_argument
@@ -109,8 +109,10 @@ def parse_args(words=None):
     add('--p', type=in_range(float, 0, 1 + 1e-9), default=0.1,
         help='rs_a: probability that a word is replaced (default: 0.1, the paper\'s)')
     add('--replace', choices=('paper', 'authors'), default='paper',
-        help='rs_a: each word with probability p, or every word, uniform over itself and its synonyms (default: paper)')
-    add('--english-only', action='store_true', help='rs_a: only synonyms that occur in the English training file')
+        help='rs_a: each word with probability p; or every word, uniform over itself and its synonyms '
+        '(default: paper)')
+    add('--english-only', action='store_true',
+        help='rs_a: only synonyms that occur in the English training file')
     add('--synonyms', metavar='FILE', help='rs_a: neighbour file (default: the authors\', fetched into DATA)')
 
     add = parser.add_argument_group('training').add_argument
@@ -121,23 +123,26 @@ def parse_args(words=None):
     add('--max-length', type=in_range(int, 8), default=128, help='tokens a pair, at most (default: 128)')
     by_task(add, 'eval_steps', 'English dev accuracy every N steps', type=count, metavar='N')
     add('--max-steps', type=count, metavar='N', help='stop after N steps, the schedule shortened to them')
-    by_task(add, 'freeze_embeddings', 'keep the word embeddings as pre-trained', action=argparse.BooleanOptionalAction)
+    by_task(add, 'freeze_embeddings', 'keep the word embeddings as pre-trained',
+            action=argparse.BooleanOptionalAction)
     by_task(add, 'float32', 'no bfloat16, whatever the hardware', action=argparse.BooleanOptionalAction)
 
     add = parser.add_argument_group('data and output').add_argument
     add('--data', default='download', help='folder in XTREME\'s layout (default: download)')
-    add('--langs', nargs='+', metavar='LANG', help='languages to score, any with a test file (default: the task\'s)')
+    add('--langs', nargs='+', metavar='LANG',
+        help='languages to score, any with a test file (default: the task\'s)')
     add('--max-train', type=count, metavar='N', help='train on the first N pairs only')
     add('--max-eval', type=count, metavar='N', help='score the first N pairs of each dev and test file only')
-    add('--out', help='run folder; of several runs the folder above them (default: runs/TASK-METHOD-EPS-SEED)')
+    add('--out',
+        help='run folder; of several runs the folder above them (default: runs/TASK-METHOD-EPS-SEED)')
     return parser.parse_args(words)
 
 
 def runs_of(args):
-    """One set of arguments for each run that the command line asks for; what its method does not use is None."""
+    """One set of arguments for each run that the command line asks for."""
     runs = []
     for method in dict.fromkeys(args.method):
-        sizes = dict.fromkeys(args.eps or EPS[method]) if method in OWN['eps'] else [None]
+        sizes = dict.fromkeys(args.eps or EPS[method]) if method in EPS else [None]
         for eps in sizes:
             for seed in dict.fromkeys(args.seed):
                 runs.append(run_of(args, method, eps, seed))
@@ -149,7 +154,7 @@ def runs_of(args):
 
 
 def run_of(args, method, eps, seed):
-    """The arguments of one run, its task's and method's defaults filled in."""
+    """The arguments of one run: its task's and method's defaults filled in, what it does not use None."""
     run = copy.copy(args)
     run.method, run.eps, run.seed = method, eps, seed
     for name, by_task in DEFAULTS.items():
@@ -158,16 +163,16 @@ def run_of(args, method, eps, seed):
     if args.epochs is None and method == 'rs_a':
         run.epochs = run.epochs_rs_a
     run.model = run.model or evaluate.default_model(run.task, run.data)
-    if method == 'rs_a' and run.synonyms is None:
-        run.synonyms = f'{run.data}/sample/synonyms.json'
-        if run.task != 'sample':
-            run.synonyms = f'{run.data}/{NEIGHBOURS}'
-    for name, methods in OWN.items():
-        if method not in methods:
-            setattr(run, name, None)
     if method != 'rs_a':
         run.synonyms = None
-    elif run.replace == 'authors':
+    elif run.synonyms is None:
+        own = 'sample/synonyms.json' if run.task == 'sample' else NEIGHBOURS
+        run.synonyms = f'{run.data}/{own}'
+    for names in robust.METHODS.values():
+        for name in names:
+            if name not in robust.METHODS[method]:
+                setattr(run, name, None)
+    if run.replace == 'authors':
         run.p = None
     return run
 
@@ -190,9 +195,9 @@ def steps_of(args, pairs):
 def plan(pairs, tokenizer, args):
     """The batch of every step, before the first one: a list of lists of row numbers, from the seed.
 
-    Each epoch has all rows (RS-A's: m copies of each pair) in an order of its own. Pairs of like length share a
-    batch, which is padded to its longest: pools of 64 batches are sorted by token count (of a copy, that of the
-    original pair), and their batches come in random order (ours).
+    Each epoch has all rows (RS-A's: m copies of each pair) in an order of its own. Pairs of like length
+    share a batch, which is padded to its longest (ours): pools of 64 batches are sorted by token count, a
+    copy by that of the original pair, and their batches come in random order.
     """
     steps = steps_of(args, len(pairs))
     rows = len(pairs) * (args.m or 1)
@@ -235,7 +240,7 @@ def collate(pairs, tokenizer, max_length):
 
 
 def shares_of(batches, rank, world):
-    """This process's rows of each batch, and their weights: the mean over processes is the mean over the batch."""
+    """This process's rows of each batch, and the weights that make the processes' mean the batch's."""
     shares, weights = [], []
     for batch in batches:
         part = batch[rank::world]
@@ -247,7 +252,7 @@ def shares_of(batches, rank, world):
 # ---------------------------------------------------------------- the loop
 
 def learning_rate(step, steps, args):
-    """Of a step, counted from 1: it rises over the first warmup * steps, then falls to 0, both linearly (XTREME, authors)."""
+    """Of a step, counted from 1: rises over warmup * steps, then falls to 0, linearly (XTREME, authors)."""
     done = step - 1
     rising = round(args.warmup * steps)
     if done < rising:
@@ -255,32 +260,28 @@ def learning_rate(step, steps, args):
     return args.lr * (steps - done) / (steps - rising)
 
 
-def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title=''):
+def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title='training'):
     """min_f of the objective over X_src (section 3): the one training loop, whatever the method.
 
-    `pairs` is X_src; for RS-A `synonyms.Copies`, m copies of it. AdamW, linear decay, gradient norm clipped
-    at 1.0 (XTREME, authors). Writes the checkpoint with the best English dev accuracy and the state to args.out.
+    `pairs` is X_src; for RS-A `synonyms.Copies`, m copies of it. Gradient norm clipped at 1.0 (XTREME,
+    authors). Writes the checkpoint with the best English dev accuracy and the state to args.out.
     Returns that part of the record.
     """
     rank, world = rank_and_world()
-    max_length = evaluate.longest(model, tokenizer, args.max_length)
     batches = plan(getattr(pairs, 'pairs', pairs), tokenizer, args)
     shares, weights = shares_of(batches, rank, world)
     steps = len(batches)
-
+    max_length = evaluate.longest(model, tokenizer, args.max_length)
     optimizer = adamw(model, args)
     state = load_state(model, optimizer, args)
     at = state['step']
-    ahead = {'num_workers': 1, 'prefetch_factor': 16, 'pin_memory': True} if model.device.type == 'cuda' else {}
-    loader = DataLoader(pairs, batch_sampler=shares[at:], **ahead,
-                        collate_fn=functools.partial(collate, tokenizer=tokenizer, max_length=max_length))
+    loader = loader_of(pairs, shares[at:], tokenizer, max_length, model.device)
     objective = robust.Objective(model, args, rank)
     if world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)
     dropout = CheapDropout.fitting(model)
     losses = []
-    bar = progress(desc=title or name_of(args), unit='pair', total=sum(map(len, batches)),
-                   initial=sum(map(len, batches[:at])))
+    bar = progress(desc=title, unit='pair', total=count(batches), initial=count(batches[:at]))
     started = time.perf_counter()
 
     for step, batch in enumerate(loader, at + 1):
@@ -294,12 +295,12 @@ def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title=''):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        bar.update(len(batches[step - 1]))
 
         losses.append(loss.detach())
-        bar.update(len(batches[step - 1]))
         due = step % args.eval_steps == 0 or step == steps
         if due or step % LOOK == 0:
-            check_losses(losses, step, batches, len(pairs) // (args.m or 1), state, args)
+            check_losses(losses, step, batches, pairs, state, args)
             best = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
             bar.set_postfix_str(f'loss {losses[-1]:.3f}{best}', refresh=False)
             losses.clear()
@@ -308,14 +309,12 @@ def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title=''):
 
         state['step'] = step
         state['seconds'] += time.perf_counter() - started
-        state['pairs'] = sum(map(len, batches[:step]))
         if rank == 0:
-            predicted, _ = evaluate.predict(model, tokenizer, dev, dtype=dtype, max_length=max_length, desc='dev-en')
-            accuracy = evaluate.accuracy(evaluate.marks(predicted, dev))
+            accuracy = dev_accuracy(model, tokenizer, dev, dtype, max_length)
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
             # A checkpoint is a method's only if the method made it: adv's plain steps do not count.
             own = args.method != 'adv' or step > args.plain_steps
-            best = own and accuracy > state['best_dev']             # strictly greater, as XTREME
+            best = own and accuracy > state['best_dev']         # strictly greater, as XTREME
             if best:
                 state['best_dev'], state['best_step'] = accuracy, step
                 # Before the state: a run killed between the two makes the same checkpoint again.
@@ -326,7 +325,27 @@ def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title=''):
         started = time.perf_counter()
     bar.close()
     return {'dev': state['best_dev'], 'step': state['best_step'], 'steps': steps, 'history': state['history'],
-            'pairs_per_second': state['pairs'] / state['seconds']}
+            'pairs_per_second': count(batches) / state['seconds']}
+
+
+def count(batches):
+    """How many rows some batches have."""
+    return sum(len(batch) for batch in batches)
+
+
+def loader_of(pairs, batches, tokenizer, max_length, device):
+    """The batches as tensors; on a GPU made ahead, by a process of their own."""
+    ahead = {}
+    if device.type == 'cuda':
+        ahead = {'num_workers': 1, 'prefetch_factor': 16, 'pin_memory': True}
+    padded = functools.partial(collate, tokenizer=tokenizer, max_length=max_length)
+    return DataLoader(pairs, batch_sampler=batches, collate_fn=padded, **ahead)
+
+
+def dev_accuracy(model, tokenizer, dev, dtype, max_length):
+    """English dev accuracy in percent."""
+    predicted, _ = evaluate.predict(model, tokenizer, dev, dtype=dtype, max_length=max_length, desc='dev-en')
+    return evaluate.accuracy(evaluate.marks(predicted, dev))
 
 
 def adamw(model, args):
@@ -337,10 +356,11 @@ def adamw(model, args):
 
 def check_losses(losses, step, batches, pairs, state, args):
     """Raise InputError if one of the last losses, up to that of `step`, is not finite."""
+    originals = len(getattr(pairs, 'pairs', pairs))
     for number, loss in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
         if math.isfinite(loss):
             continue
-        lines = ' '.join(str(row % pairs + 1) for row in batches[number - 1])
+        lines = ' '.join(str(row % originals + 1) for row in batches[number - 1])
         kept = 'there is no checkpoint yet'
         if state['best_step']:
             kept = f'the best checkpoint so far, of step {state["best_step"]}, stays in {args.out}'
@@ -379,7 +399,7 @@ def load_state(model, optimizer, args):
     """How far a stopped run is, its weights and moments put back; of a new run the beginning."""
     path = Path(args.out) / 'state.pt'
     if not path.exists():
-        return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'pairs': 0, 'seconds': 0.0, 'saved': 0.0}
+        return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0, 'saved': 0.0}
     try:
         state = torch.load(path, map_location=model.device, weights_only=True)
         weights = dict(model.named_parameters())
@@ -405,86 +425,99 @@ def beginning_of(args, files, dtype):
     versions = {'python': platform.python_version()}
     for package in (torch, transformers, tokenizers):
         versions[package.__name__] = package.__version__
-    return {'args': {name: getattr(args, name) for name in DECIDE},
-            'paths': {name: getattr(args, name) for name in PATHS},
-            'files': files, 'dtype': str(dtype), 'processes': rank_and_world()[1],
-            'versions': versions, 'source': source.hexdigest()[:16], 'device': device}
+    beginning = {'args': {name: getattr(args, name) for name in DECIDE}}
+    beginning['paths'] = {name: getattr(args, name) for name in PATHS}
+    beginning |= {'files': files, 'dtype': str(dtype), 'processes': rank_and_world()[1]}
+    return beginning | {'versions': versions, 'source': source.hexdigest()[:16], 'device': device}
 
 
 def status_of(out, beginning):
-    """'finished', 'to be resumed' or 'new'. Raises InputError if the folder holds another run, or no run."""
+    """'finished', 'to be resumed' or 'new'. Raises InputError if the folder holds another run, or none."""
     folder = Path(out)
+    another = 'name another folder with --out'
     if (folder / 'results.json').exists():
-        held = evaluate.read_records([out])[0]
-        refuse_other(out, held, beginning, ())
+        refuse_other(out, evaluate.read_records([out])[0], beginning, ())
         return 'finished'
-    if (folder / 'args.json').exists():
-        if not (folder / 'state.pt').exists():
-            return 'new'
+    if (folder / 'state.pt').exists():
         try:
             held = json.loads((folder / 'args.json').read_text(encoding='utf-8'))
             refuse_other(out, held, beginning, ('dtype', 'processes'))
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{folder / "args.json"}: not what train.py wrote; name another folder with --out') from None
+        except (OSError, ValueError, LookupError, TypeError):
+            raise InputError(f'{folder / "args.json"}: not what train.py wrote; {another}') from None
         for name in ('versions', 'source', 'device'):
             if held.get(name) != beginning[name]:
                 evaluate.say(f'{out}: began with other {name}: {held.get(name)}, now {beginning[name]}')
         return 'to be resumed'
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f'{out}: holds something else than a run of train.py; name another folder with --out')
+    ours = (folder / 'args.json').exists()      # of a run that was stopped before its first state
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f'{out}: holds something else than a run of train.py; {another}')
     return 'new'
 
 
 def refuse_other(out, held, beginning, more):
-    """Raise InputError where two runs differ in what decides them: arguments, files that both read, and `more`."""
+    """Raise InputError where two runs differ in what decides them: arguments, files both read, `more`."""
     names = [name for name in DECIDE if held['args'].get(name) != beginning['args'][name]]
     for name, value in beginning['files'].items():
         if name in held['files'] and held['files'][name] != value:
             names.append(name)
     names += [name for name in more if held.get(name) != beginning[name]]
     if names:
-        raise InputError(f'{out}: holds another run (it differs in {", ".join(names)}); name another folder with --out')
+        raise InputError(f'{out}: holds another run (it differs in {", ".join(names)}); '
+                         'name another folder with --out')
 
 
 def peak_memory(device):
-    """Peak memory in GiB: the GPU's allocations, or on the CPU this process's resident set. None where it is not known."""
+    """Peak memory in GiB: the GPU's allocations, or this process's resident set. None where not known."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if resource is None:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'linux' else 30)
+    unit = 2 ** 20 if sys.platform == 'linux' else 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---------------------------------------------------------------- the runs
 
-def read_inputs(args, runs):
-    """Everything that the runs will read, looked at before the first begins -> train pairs, dev, languages, digests, {run: Copies}.
+class Inputs(NamedTuple):
+    """All that the runs of a command read, and what they run on."""
+    pairs: list         # X_src
+    dev: list           # English dev
+    langs: list         # to score
+    files: dict         # name -> digest
+    copies: dict        # run folder of an rs_a -> its synonyms.Copies
+    device: torch.device
+    dtype: torch.dtype
 
-    Raises InputError for the first thing that is not right.
-    """
+
+def read_inputs(args, runs, device, dtype):
+    """Everything that the runs will read, looked at before the first of them begins. Raises InputError."""
     prepare(args.data, args.task, langs=args.langs)
     langs = languages_of(args.data, args.task, args.langs)
-    train_path, dev_path = path_of(args.data, args.task, 'train', 'en'), path_of(args.data, args.task, 'dev', 'en')
-    pairs, dev = read_labelled(train_path, args.task), read_labelled(dev_path, args.task)
-    files = {path.name: digest(path) for path in (train_path, dev_path)}
+    files = {}
+    both = []
+    for split in ('train', 'dev'):
+        path = path_of(args.data, args.task, split, 'en')
+        both.append(read_labelled(path, args.task))
+        files[path.name] = digest(path)
     for lang in langs:
         for split in ('test', 'dev'):
             path = path_of(args.data, args.task, split, lang)
             if split == 'test' or path.exists():
                 read_pairs(path, args.task)
                 files[path.name] = digest(path)
-    layer = next((run.layer for run in runs if run.layer), 0)
+    pairs, dev = both[0][:args.max_train], both[1][:args.max_eval]
+    layer = args.layer if any(run.layer for run in runs) else 0
     model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
-    pairs, dev = pairs[:args.max_train], dev[:args.max_eval]
     copies = {}
     for run in runs:
+        steps = steps_of(run, len(pairs))
         if run.method == 'rs_a':
-            copies[run.out] = read_copies(run, pairs, asked=bool(args.synonyms))
-        if run.method == 'adv' and run.plain_steps >= steps_of(run, len(pairs)):
-            raise InputError(f'--plain-steps {run.plain_steps}: the run has {steps_of(run, len(pairs))} steps, so that adv '
-                             'would never begin; expected fewer')
-    return pairs, dev, langs, files, copies
+            copies[run.out] = copies_of(run, pairs, fetch=not args.synonyms and args.task != 'sample')
+        if run.method == 'adv' and run.plain_steps >= steps:
+            raise InputError(f'--plain-steps {run.plain_steps}: the run has {steps} steps, so that adv would '
+                             'never begin; expected fewer')
+    return Inputs(pairs, dev, langs, files, copies, device, dtype)
 
 
 def read_labelled(path, task):
@@ -496,9 +529,9 @@ def read_labelled(path, task):
     return pairs
 
 
-def read_copies(run, pairs, asked):
-    """RS-A's training set: m copies of the pairs. The authors' neighbour file is fetched, one that was asked for is not."""
-    if not asked and run.task != 'sample':
+def copies_of(run, pairs, fetch):
+    """RS-A's training set, m copies of the pairs. `fetch` the authors' neighbour file if it is not there."""
+    if fetch:
         fetch_neighbours(run.synonyms)
     neighbours = synonyms.read_synonyms(run.synonyms)
     if run.english_only:
@@ -506,45 +539,46 @@ def read_copies(run, pairs, asked):
     return synonyms.Copies(pairs, neighbours, m=run.m, p=run.p, seed=run.seed, name=run.synonyms)
 
 
-def train_and_score(args, beginning, pairs, dev, langs, device, dtype, title):
-    """One run from its beginning to results.json. `pairs`: X_src, for RS-A its copies."""
+def train_and_score(args, beginning, inputs, title):
+    """One run, from its beginning to results.json."""
     began = time.perf_counter()
-    rank, _ = rank_and_world()
+    out, pairs = Path(args.out), inputs.copies.get(args.out, inputs.pairs)
     torch.manual_seed(args.seed)
     model, tokenizer = evaluate.load_encoder(args.model, args.task, args.freeze_embeddings, args.layer or 0)
-    if rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        for left in Path(args.out).glob('*.part*'):         # by a process that was killed as it wrote
+    if rank_and_world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob('*.part*'):        # by a process that was killed as it wrote
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        write_json(Path(args.out) / 'args.json', beginning)
-    trained = train(model.to(device), tokenizer, pairs, dev, args, dtype, title)
-    if rank > 0:
+        write_json(out / 'args.json', beginning)
+    model.to(inputs.device)
+    record = beginning | train(model, tokenizer, pairs, inputs.dev, args, inputs.dtype, title)
+    if rank_and_world()[0] > 0:
         return
+
     model, tokenizer = evaluate.load(args.out)
-    model.to(device)
-    options = {'predictions': Path(args.out) / 'predictions' / args.task, 'max_eval': args.max_eval, 'dtype': dtype,
-               'max_length': evaluate.longest(model, tokenizer, args.max_length)}
-    test = evaluate.score(model, tokenizer, args.task, args.data, langs, **options)
-    dev_all = evaluate.score(model, tokenizer, args.task, args.data, langs, split='dev', **options)
-    evaluate.say_cut(test, options['max_length'])
-    record = beginning | trained
-    record['train_pairs'] = len(getattr(pairs, 'pairs', pairs))
+    model.to(inputs.device)
+    max_length = evaluate.longest(model, tokenizer, args.max_length)
+    options = {'max_eval': args.max_eval, 'predictions': out / 'predictions' / args.task,
+               'dtype': inputs.dtype, 'max_length': max_length}
+    test = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, **options)
+    dev = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, split='dev', **options)
+    record['train_pairs'] = len(inputs.pairs)
     record['changed'] = synonyms.changed_share(pairs) if args.method == 'rs_a' else None
-    for lang, row in test.items():
-        record.setdefault('test', {})[lang] = evaluate.accuracy(row['marks'])
-        record.setdefault('test_marks', {})[lang] = row['marks']
-        record.setdefault('answers', {})[lang] = row['answers']
-        record.setdefault('cut', {})[lang] = row['cut']
-    for lang, row in dev_all.items():
-        record.setdefault('dev_all', {})[lang] = evaluate.accuracy(row['marks'])
-        record.setdefault('dev_marks', {})[lang] = row['marks']
-    record['peak_memory_gib'] = peak_memory(device)
+    for name, found in (('test', test), ('dev', dev)):
+        record[f'{name}_marks'] = {lang: row['marks'] for lang, row in found.items()}
+    record['test'] = {lang: evaluate.accuracy(row['marks']) for lang, row in test.items()}
+    record['dev_all'] = {lang: evaluate.accuracy(row['marks']) for lang, row in dev.items()}
+    record['answers'] = {lang: row['answers'] for lang, row in test.items()}
+    record['cut'] = {lang: row['cut'] for lang, row in test.items()}
+    for note in evaluate.cut_note(record['cut'], max_length):
+        evaluate.say(note)
+    record['peak_memory_gib'] = peak_memory(inputs.device)
     record['wall_seconds'] = time.perf_counter() - began
-    write_json(Path(args.out) / 'results.json', record)
-    (Path(args.out) / 'state.pt').unlink(missing_ok=True)
+    write_json(out / 'results.json', record)
+    (out / 'state.pt').unlink(missing_ok=True)
     scores = [score for score in record['test'].values() if score is not None]
     average = f'test average {sum(scores) / len(scores):.1f}, ' if scores else ''
-    evaluate.say(f'{title}: {average}English dev {record["dev"]:.1f}; saved in {args.out}')
+    evaluate.say(f'{title}: {average}English dev {record["dev"]:.1f}; saved in {out}')
 
 
 def write_json(path, content):
@@ -561,7 +595,8 @@ def start_processes():
     if torch.cuda.is_available():
         backend = 'nccl'
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))       # the others wait while the first scores
+    hours = datetime.timedelta(hours=6)         # the others wait while the first scores
+    dist.init_process_group(backend, timeout=hours)
 
 
 def main():
@@ -569,28 +604,30 @@ def main():
     args = parse_args()
     runs = runs_of(args)
     start_processes()
-    device, dtype = evaluate.choose_device(runs[0].float32 or args.layer != 0)  # above layer 0 noise would be rounded
-    pairs, dev, langs, files, copies = read_inputs(args, runs)
+    # Above layer 0 bfloat16 would round the noise.
+    inputs = read_inputs(args, runs, *evaluate.choose_device(runs[0].float32 or args.layer != 0))
     beginnings, states = {}, {}
     for run in runs:
-        own = files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
-        beginnings[run.out] = beginning_of(run, own, dtype)
+        files = inputs.files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
+        beginnings[run.out] = beginning_of(run, files, inputs.dtype)
         states[run.out] = status_of(run.out, beginnings[run.out])
         evaluate.say(f'{run.out}: {states[run.out]}')
     if args.dry_run:
         return
+    again = 'the same command goes on from the last dev evaluation'
     for number, run in enumerate(runs, 1):
         if states[run.out] == 'finished':
             continue
-        title = f'run {number} of {len(runs)}: {name_of(run)}' if len(runs) > 1 else name_of(run)
-        again = 'the same command goes on from the last dev evaluation'
+        title = name_of(run)
+        if len(runs) > 1:
+            title = f'run {number} of {len(runs)}: {title}'
         try:
-            train_and_score(run, beginnings[run.out], copies.get(run.out, pairs), dev, langs, device, dtype, title)
+            train_and_score(run, beginnings[run.out], inputs, title)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
         except torch.OutOfMemoryError as error:
-            raise InputError(f'{run.out}: out of GPU memory ({evaluate.first_line(error)}); try --freeze-embeddings, or a '
-                             f'smaller --batch or --max-length; {again}') from None
+            raise InputError(f'{run.out}: out of GPU memory ({evaluate.first_line(error)}); try '
+                             f'--freeze-embeddings, or a smaller --batch or --max-length; {again}') from None
         except OSError as error:
             raise InputError(f'{run.out}: cannot be written ({error}); {again}') from None
     if rank_and_world()[0] == 0:
@@ -605,7 +642,7 @@ class CheapDropout(TorchFunctionMode):
     """Within it, dropout takes 16 random bits an element (ours): a third less time a forward pass on the CPU.
 
     There torch draws a 64-bit number for each element, on one thread. Four elements share one here, so that
-    the probability is p rounded to 1/65536. As it cannot look into fused attention, attention has to be 'eager'.
+    the probability is p rounded to 1/65536. It cannot look into fused attention, which has to be 'eager'.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -620,7 +657,7 @@ class CheapDropout(TorchFunctionMode):
         if not training or not 0 < p < 1:
             return functional.dropout(input, p, training, inplace)
         draws = torch.empty(math.ceil(input.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
-        bits = draws.view(torch.int16)[:input.numel()].view(input.shape)        # uniform over -32768 ... 32767
+        bits = draws.view(torch.int16)[:input.numel()].view(input.shape)    # uniform over -32768 ... 32767
         kept = bits >= round(65536 * p) - 32768
         return input * kept.to(input.dtype).mul_(1 / (1 - p))
 
