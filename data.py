@@ -398,7 +398,7 @@ def _missing(data, task, complete, langs):
 
 @contextlib.contextmanager
 def _alone(path, missing):
-    """One process at a time: yields an empty folder beside `path` to write what is missing; gone afterwards."""
+    """One process at a time: yields an empty folder beside `path` to write to, gone afterwards."""
     part = path.with_name(f'{path.name}.part')
     lock = path.with_name(f'{path.name}.part.lock')
     try:

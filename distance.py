@@ -1,6 +1,6 @@
 """How far each language lies from English in the encoder's space (section 4.2), and Figure 2.
 
-    python distance.py --task pawsx                                 distances and coverage: two tables, a folder
+    python distance.py --task pawsx                                 two tables: distances, coverage
     python distance.py --task pawsx --runs RUN ... -o figure2.png   beside them what robust training gains
     python distance.py --align FILE                                 align lines of `source ||| target`
 
@@ -8,11 +8,11 @@ The distance of a language is the mean Euclidean distance of aligned words in pa
 the vector of its last subword (Cao et al. 2020). The words are aligned by the reparameterised IBM Model 2 of
 Dyer, Chahuneau, Smith (2013), "Dyer" below: for the i-th of m target words and the j-th of n source words
 
-    p(a_i = 0) = P_NULL,  p(a_i = j) = (1 - P_NULL) exp(-lambda |i/m - j/n|) / Z(i, m, n)     (Dyer, section 2)
+    p(a_i = 0) = P_NULL,  p(a_i = j) = (1 - P_NULL) exp(-lambda |i/m - j/n|) / Z(i, m, n)    (Dyer, section 2)
     p(f_i, a_i = j) = p(a_i = j) t(f_i | e_j)
 
-Coverage asks whether the regions of robust training hold the translations (Figure 1b): the share of aligned words
-whose difference lies in the L-inf ball of each eps.
+Coverage asks whether the regions of robust training hold the translations (Figure 1b): the share of aligned
+words whose difference lies in the L-inf ball of each eps.
 
 The folder gets distances.json and, for each language, LANG.src-tgt (the words) and LANG.align (the links).
 """
@@ -20,6 +20,7 @@ The folder gets distances.json and, for each language, LANG.src-tgt (the words) 
 import argparse
 import itertools
 import json
+import math
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -35,13 +36,13 @@ P_NULL, ALPHA, ITERATIONS = 0.08, 0.01, 5       # Dyer, and the defaults of fast
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
 EPS = (0.001, 0.01, 0.1, 1.0)                   # the sizes of the regions (paper, section 4)
 BATCH, LONGEST = 64, 512                        # sentences at once, and their tokens (ours)
-UNSEGMENTED = ('ja', 'th', 'zh')                # no blanks between words: each token of the encoder is a word (ours)
+UNSEGMENTED = ('ja', 'th', 'zh')                # no blanks between words: each token is a word (ours)
 
 
 # ---------------------------------------------------------------- aligner
 
 class Shape(NamedTuple):
-    """The B sentence pairs of m target and n source words. A pair's cells are (m, n + 1), column 0 the null word."""
+    """The B sentence pairs of m target and n source words. Of (m, n + 1) cells column 0 is the null word."""
     rows: list              # B, which pairs of the corpus they are
     apart: torch.Tensor     # (m, n) |i/m - j/n|
     entry: torch.Tensor     # (B, m, n + 1) where t(f_i | e_j) stands in the table
@@ -57,7 +58,7 @@ def numbered(sentences):
 
 
 def shapes_of(pairs):
-    """A corpus, a list of (source words, target words), as Shapes, and the source word of each entry of the table (E,)."""
+    """A list of (source words, target words) -> list of Shape, the source word of each table entry (E,)."""
     sources, targets = [numbered(side) for side in zip(*pairs)]
     types = max(itertools.chain([0], *targets)) + 1
     rows_of, keys = {}, []
@@ -91,7 +92,7 @@ def posterior(shape, table, tension):
 
 
 def maximise(counts, source):
-    """The M step: t(f | e) from expected counts (E,), variational Bayes with a Dirichlet(ALPHA) prior (Dyer)."""
+    """The M step: t(f | e) from expected counts, (E,); variational Bayes, a Dirichlet(ALPHA) prior (Dyer)."""
     mass = torch.zeros(int(source.max()) + 1, dtype=torch.double).index_add_(0, source, counts + ALPHA)
     return torch.exp(torch.digamma(counts + ALPHA) - torch.digamma(mass)[source])
 
@@ -110,8 +111,11 @@ def tension_slope(shapes, sums, tension):
     return slope / max(words, 1)
 
 
-def fit(shapes, source, desc=None):
-    """Expectation maximisation of t and lambda -> table (E,), lambda. As in fast_align the last iteration only decodes."""
+def fit(shapes, source, desc='aligning'):
+    """Expectation maximisation of t and lambda -> table (E,), lambda.
+
+    One iteration less than ITERATIONS: fast_align's last one only decodes.
+    """
     table = torch.full(source.shape, 1 / max(len(source), 1), dtype=torch.double)
     tension = TENSION
     for iteration in progress(range(ITERATIONS - 1), desc=desc, unit='iteration'):
@@ -129,8 +133,8 @@ def fit(shapes, source, desc=None):
     return table, tension
 
 
-def best_links(pairs, desc=None):
-    """The most probable source word of each target word, where it is not null -> for each pair the set of its (j, i)."""
+def best_links(pairs, desc='aligning'):
+    """The most probable source word of each target word, if not null -> for each pair a set of (j, i)."""
     links = [set() for _ in pairs]
     shapes, source = shapes_of(pairs)
     table, tension = fit(shapes, source, desc)
@@ -143,14 +147,15 @@ def best_links(pairs, desc=None):
     return links
 
 
-def align(pairs, desc=None):
-    """Align a list of (source words, target words) -> for each pair the sorted list of its links (j, i), from 0.
+def align(pairs, desc='aligning'):
+    """Align a list of (source words, target words) -> for each pair its links (j, i), sorted, from 0.
 
-    Those that both directions find (Cao et al. 2020). Nothing is learned beforehand: the more pairs, the better.
+    Those that both directions find (Cao et al. 2020). The model is learned from these pairs alone.
     """
     for pair in pairs:
         if len(pair) != 2 or isinstance(pair[0], str) or isinstance(pair[1], str):
-            raise InputError(f'align takes a list of (source words, target words), each a list of str; got {pair!r:.60}')
+            raise InputError('align takes a list of (source words, target words), each a list of str; '
+                             f'got {pair!r:.60}')
     if not pairs:
         return []
     forward = best_links(pairs, desc)
@@ -159,6 +164,11 @@ def align(pairs, desc=None):
     for there, back in zip(forward, reverse):
         links.append(sorted(there & {(j, i) for i, j in back}))
     return links
+
+
+def pharaoh(links):
+    """Links (j, i) as text, j-i."""
+    return ' '.join(f'{j}-{i}' for j, i in links)
 
 
 def read_source_target(path):
@@ -183,7 +193,7 @@ class Side(NamedTuple):
 
 
 def read_translations(path, task):
-    """XTREME's translate-test file: pair, its English translation, label -> two lists of (premise, hypothesis)."""
+    """XTREME's translate-test file -> the language's and the English (premise, hypothesis), two lists."""
     expected = 'five columns: premise, hypothesis, their English translations, label'
     theirs, english = [], []
     for number, line in enumerate(read_lines(path, expected), 1):
@@ -197,12 +207,12 @@ def read_translations(path, task):
     return theirs, english
 
 
-def read_aligned(data, task, lang):
-    """The row-aligned test files of a language and of English -> two lists of (premise, hypothesis)."""
-    theirs, english = [read_pairs(path_of(data, task, 'test', name), task) for name in (lang, 'en')]
+def read_aligned(path, data, task):
+    """A language's test file and the row-aligned English one -> two lists of (premise, hypothesis)."""
+    theirs, english = read_pairs(path, task), read_pairs(path_of(data, task, 'test', 'en'), task)
     if len(theirs) != len(english):
-        raise InputError(f'{path_of(data, task, "test", lang)}: {len(theirs)} rows; expected {len(english)}, as test-en.tsv '
-                         'has, row by row its translation')
+        raise InputError(f'{path}: {len(theirs)} rows; expected {len(english)}, translations of '
+                         'test-en.tsv row by row')
     return [pair[:2] for pair in theirs], [pair[:2] for pair in english]
 
 
@@ -224,12 +234,13 @@ def parallel(theirs, english):
 def words_in(sentence, encoding, whole):
     """The words of a tokenised sentence: their text in lower case, and the position of each one's last token.
 
-    A word is what the encoder's tokenizer takes as one, or, if not `whole`, a token. Punctuation stands alone,
-    as BERT's tokenizer has it and SentencePiece's does not.
+    A word is what the encoder's tokenizer takes as one, or, if not `whole`, a token. Punctuation stands
+    alone, as BERT's tokenizer has it and SentencePiece's does not.
     """
     words, last = [], []
     before, begin = None, 0
-    for at, (word, token, (start, end)) in enumerate(zip(encoding.word_ids, encoding.tokens, encoding.offsets)):
+    tokens = zip(encoding.word_ids, encoding.tokens, encoding.offsets)
+    for at, (word, token, (start, end)) in enumerate(tokens):
         text = sentence[start:end].strip()
         if word is None or not text or token == '▁':        # [CLS], [SEP], SentencePiece's lone blank
             continue
@@ -251,21 +262,22 @@ def words_of(tokenizer, sentences, lang, longest):
     """
     name = f'{tokenizer.name_or_path}: its tokenizer'
     if not tokenizer.is_fast:
-        raise InputError(f'{name} is not a fast one, which alone says where a token lies; expected tokenizer.json')
+        raise InputError(f'{name} is not a fast one, which alone says where a token is; '
+                         'expected tokenizer.json')
     encoded = tokenizer(sentences, truncation=True, max_length=longest)
     side = Side([], [], [], sum(bool(encoding.overflowing) for encoding in encoded.encodings))
     for row, (sentence, encoding) in enumerate(zip(sentences, encoded.encodings)):
         words, last = words_in(sentence, encoding, lang not in UNSEGMENTED)
         for word in words:
             if ' ' in word:
-                raise InputError(f'{name} takes {word!r:.40} as one word; distances need one that splits at blanks')
+                raise InputError(f'{name} takes {word!r:.40} as one word; expected one that splits at blanks')
         side.features.append({key: encoded[key][row] for key in encoded})
         side.words.append(words)
         side.last.append(last)
     for token_id in set(itertools.chain.from_iterable(encoded['input_ids'])):
         token = tokenizer.convert_ids_to_tokens(token_id)
         if '\ufffd' in tokenizer.decode([token_id]) and '\ufffd' not in token:      # no character by itself
-            raise InputError(f'{name} splits a character of {lang} into bytes ({token}); distances need one whose '
+            raise InputError(f'{name} splits a character of {lang} into bytes ({token}); expected one whose '
                              'tokens are text')
     return side
 
@@ -273,163 +285,406 @@ def words_of(tokenizer, sentences, lang, longest):
 # ---------------------------------------------------------------- distances
 
 class Measured(NamedTuple):
-    """Of every aligned pair of words (L,), and of as many random pairs."""
+    """Of every aligned pair of words (L,), beside it the same of its word and a random English one."""
     sentence: torch.Tensor          # which sentence pair it is from
+    identical: torch.Tensor         # 1 where both words end in the same token of the vocabulary
     distance: torch.Tensor          # Euclidean
     largest: torch.Tensor           # the largest coordinate of the difference, absolute
-    identical: torch.Tensor         # 1 where both words end in the same token of the vocabulary
-    random: torch.Tensor            # Euclidean distance of a random pair of the batch
+    random: torch.Tensor            # as distance
     random_largest: torch.Tensor
-    deviation: float                # standard deviation of the words' coordinates
+    mean: torch.Tensor              # of the coordinates of both words
+    square: torch.Tensor            # and of their squares
 
 
-def vectors(model, tokenizer, side, rows, layer):
-    """All words of the sentences `rows`: their vectors, float32 (words, H), their last tokens (words,), and where
-    each sentence's words begin, a list."""
+def vectors(model, tokenizer, sides, side, rows, links, layer):
+    """The linked words of one side in the sentences `rows`, a link each: vectors (L, H), last tokens (L,)."""
     # Padding on the right whatever the tokenizer's own side: positions are counted from the left.
-    inputs = tokenizer.pad([side.features[row] for row in rows], padding_side='right', return_tensors='pt')
-    inputs = inputs.to(model.device)
+    features = [sides[side].features[row] for row in rows]
+    inputs = tokenizer.pad(features, padding_side='right', return_tensors='pt').to(model.device)
     with robust.hidden(model, layer) as states:
         model.base_model(**inputs)
-    sentences, positions, begins = [], [], []
-    for at, row in enumerate(rows):
-        begins.append(len(positions))
-        sentences += [at] * len(side.last[row])
-        positions += side.last[row]
-    return states[0][sentences, positions], inputs['input_ids'][sentences, positions], begins
+    sentences, positions = [], []
+    for sentence, row in enumerate(rows):
+        for link in links[row]:
+            sentences.append(sentence)
+            positions.append(sides[side].last[row][link[side]])
+    return states[0][sentences, positions], inputs['input_ids'][sentences, positions]
+
+
+def norms(difference):
+    """Euclidean and L-inf norm of each row."""
+    return difference.norm(dim=1), difference.abs().amax(1)
 
 
 @torch.inference_mode()
-def measure(model, tokenizer, sides, links, *, layer, dtype=torch.float32, seed=42, desc=None):
+def measure(model, tokenizer, sides, links, *, layer, dtype=torch.float32, seed=42, desc='measuring'):
     """Compare the linked words of two Sides at `layer` -> Measured. The model must be in eval mode."""
     generator = torch.Generator().manual_seed(seed)
-    order = sorted([row for row in range(len(links)) if links[row]], key=lambda row: -len(sides[1].last[row]))
-    compared, moments = [], torch.zeros(3, dtype=torch.double)
-    for start in progress(range(0, len(order), BATCH), desc=desc, unit='batch'):
-        rows = order[start:start + BATCH]
+    linked = [row for row in range(len(links)) if links[row]]
+    linked.sort(key=lambda row: -len(sides[0].features[row]['input_ids']))      # so that little is padding
+    batches = []
+    for start in progress(range(0, len(linked), BATCH), desc=desc, unit='batch'):
+        rows = linked[start:start + BATCH]
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            found = [vectors(model, tokenizer, side, rows, layer) for side in sides]
-        (theirs, their_tokens, their_begins), (english, english_tokens, english_begins) = found
-        sentence, one, other = [], [], []
-        for at, row in enumerate(rows):
-            for j, i in links[row]:
-                sentence.append(row)
-                one.append(their_begins[at] + j)
-                other.append(english_begins[at] + i)
-        difference = theirs[one] - english[other]
-        anyone = torch.randint(len(theirs), (len(one),), generator=generator)
-        another = torch.randint(len(english), (len(one),), generator=generator)
-        anyhow = theirs[anyone] - english[another]
-        compared.append(torch.stack([
-            torch.tensor(sentence, device=model.device), difference.norm(dim=1), difference.abs().amax(1),
-            their_tokens[one] == english_tokens[other], anyhow.norm(dim=1), anyhow.abs().amax(1)]).double().cpu())
-        for side in (theirs.double(), english.double()):
-            moments += torch.stack([torch.tensor(side.numel()), side.sum().cpu(), side.square().sum().cpu()])
-    count, total, squares = moments.tolist()
-    return Measured(*torch.cat(compared, 1), deviation=(squares / count - (total / count) ** 2) ** 0.5)
+            theirs, their_ids = vectors(model, tokenizer, sides, 0, rows, links, layer)
+            english, english_ids = vectors(model, tokenizer, sides, 1, rows, links, layer)
+        anyone = torch.randint(len(english), (len(english),), generator=generator)
+        sentence = torch.tensor(rows).repeat_interleave(torch.tensor([len(links[row]) for row in rows]))
+        both = torch.cat([theirs, english], 1)
+        columns = [sentence, their_ids == english_ids, *norms(theirs - english)]
+        columns += [*norms(theirs - english[anyone]), both.mean(1), both.square().mean(1)]
+        batches.append(torch.stack([column.double().cpu() for column in columns]))
+    return Measured(*torch.cat(batches, 1))
 
 
 def distance_of(measured):
-    """Mean distance, its standard error over sentences (None of a single one), that of random pairs, their ratio."""
-    mean, random = measured.distance.mean(), measured.random.mean().item()
+    """Mean distance, its standard error over sentences (None of one), that of random words, their ratio."""
+    mean, random = measured.distance.mean().item(), measured.random.mean().item()
     # The words of a sentence were not drawn apart: what varies is a sentence's sum.
-    sums = torch.zeros(int(measured.sentence.max()) + 1, dtype=torch.double)
-    sums.index_add_(0, measured.sentence.long(), measured.distance - mean)
-    sentences = len(measured.sentence.unique())
+    _, sentence = measured.sentence.unique(return_inverse=True)
+    sums = torch.zeros(int(sentence.max()) + 1, dtype=torch.double)
+    sums.index_add_(0, sentence, measured.distance - mean)
     error = None
-    if sentences > 1:
-        error = (sums.square().sum() * sentences / (sentences - 1)).sqrt().item() / len(measured.distance)
-    return {'distance': mean.item(), 'standard_error': error, 'random': random, 'ratio': mean.item() / random}
+    if len(sums) > 1:
+        error = sums.std().item() * len(sums) ** 0.5 / len(sentence)
+    found = {'distance': mean, 'standard_error': error, 'random': random, 'words': len(sentence)}
+    return found | {'ratio': mean / random if random else None}
 
 
 def coverage(measured):
-    """Do the regions cover the translations? Shares (0 to 1) of aligned words whose difference lies in the L-inf ball.
+    """Do the regions cover the translations? By eps, the share (0 to 1) of aligned words in the L-inf ball.
 
-    `within`: by eps, of all; `within_other`: of those that are not the identical token (None if there is none).
-    `largest`, `random_largest`: medians of the largest coordinate of the difference. `deviation`: of the coordinates.
+    `within`: of all; `within_other`: of those that are not the identical token, None if there are none.
+    `largest`, `random_largest`: medians of the difference's largest coordinate. `deviation`: standard
+    deviation of the words' coordinates; what counts is eps over it.
     """
     other = measured.identical == 0
-    found = {'identical': 1 - other.double().mean().item(), 'within': {}, 'within_other': {}}
+    within, within_other = {}, {}
     for eps in EPS:
         inside = (measured.largest <= eps).double()
-        found['within'][f'{eps:g}'] = inside.mean().item()
-        found['within_other'][f'{eps:g}'] = inside[other].mean().item() if other.any() else None
+        within[f'{eps:g}'] = inside.mean().item()
+        within_other[f'{eps:g}'] = inside[other].mean().item() if other.any() else None
+    found = {'identical': measured.identical.mean().item(), 'within': within, 'within_other': within_other}
     found['largest'] = measured.largest.quantile(0.5).item()
     found['random_largest'] = measured.random_largest.quantile(0.5).item()
-    found['deviation'] = measured.deviation
+    found['deviation'] = (measured.square.mean() - measured.mean.mean() ** 2).sqrt().item()
     return found
 
 
 def languages(args):
-    """The languages to measure: those asked for, or all of the task but English."""
-    if args.langs and 'en' in args.langs:
-        raise InputError('langs: English is what the distances are from; name other languages')
+    """The languages to measure, those asked for or the task's but English -> {code: its file}."""
+    if 'en' in (args.langs or []):
+        raise InputError('langs: distances are from English; name other languages')
     if not args.translations:
-        prepare(args.data, args.task)
-        return [lang for lang in languages_of(args.data, args.task, args.langs) if lang != 'en']
-    there = [lang for lang in TASKS[args.task].languages if translation_of(args, lang).exists()]
-    langs = args.langs or there
-    if not langs:
-        raise InputError(f'{args.translations}: no file test-LANG-en-translated.tsv in it; expected those of XTREME\'s '
-                         f'translate-test for {args.task}')
-    return langs
+        if not path_of(args.data, args.task, 'test', 'en').exists():
+            prepare(args.data, args.task, langs=args.langs)
+        langs = [lang for lang in languages_of(args.data, args.task, args.langs) if lang != 'en']
+        return {lang: path_of(args.data, args.task, 'test', lang) for lang in langs}
+    files = {}
+    for lang in args.langs or TASKS[args.task].languages:
+        path = Path(args.translations) / f'test-{lang}-en-translated.tsv'
+        if args.langs or path.exists():
+            files[lang] = path
+    if not files:
+        raise InputError(f'{args.translations}: no test-LANG-en-translated.tsv of {args.task} in it; '
+                         'expected the files of XTREME\'s translate-test')
+    return files
 
 
-def translation_of(args, lang):
-    """Where XTREME's translate-test file of a language is."""
-    return Path(args.translations) / f'test-{lang}-en-translated.tsv'
-
-
-def one_language(model, tokenizer, args, lang, longest, dtype):
-    """Align and measure one language -> what distances.json says of it, and {file name: lines} of words and links."""
+def read_text(args, path):
+    """The parallel text of a language, as `parallel` gives it."""
     if args.translations:
-        rows = read_translations(translation_of(args, lang), args.task)
-    else:
-        rows = read_aligned(args.data, args.task, lang)
-    pairs, repeated, left_out = parallel(*rows)
+        return parallel(*read_translations(path, args.task))
+    return parallel(*read_aligned(path, args.data, args.task))
+
+
+def one_language(model, tokenizer, args, lang, text, dtype):
+    """Align and measure one language -> what distances.json says of it, its words, its links."""
+    pairs, repeated, left_out = text
     pairs = pairs[:args.max_sentences]
-    sides = []
-    for name, sentences in zip((lang, 'en'), zip(*pairs)):
-        sides.append(words_of(tokenizer, list(sentences), name, longest))
-    words = list(zip(sides[0].words, sides[1].words)) if pairs else []
+    longest = evaluate.longest(model, tokenizer, LONGEST)
+    theirs = words_of(tokenizer, [pair[0] for pair in pairs], lang, longest)
+    english = words_of(tokenizer, [pair[1] for pair in pairs], 'en', longest)
+    words = list(zip(theirs.words, english.words))
     links = align(words, desc=f'aligning {lang}')
     if not any(links):
-        raise InputError(f'{lang}: no aligned words in {len(pairs)} sentence pairs; expected sentences and their translations')
-    measured = measure(model, tokenizer, sides, links, layer=args.layer, dtype=dtype, seed=args.seed, desc=f'measuring {lang}')
-    result = {'sentences': len(pairs), 'repeated': repeated, 'left_out': left_out, 'words': len(measured.distance),
-              'unlinked': sum(not line for line in links), 'cut': sides[0].cut + sides[1].cut}
-    files = {f'{lang}.src-tgt': [f'{" ".join(theirs)} ||| {" ".join(english)}' for theirs, english in words],
-             f'{lang}.align': []}
-    for line in links:
-        files[f'{lang}.align'].append(' '.join(f'{j}-{i}' for j, i in line))
-    return result | distance_of(measured) | {'coverage': coverage(measured)}, files
+        raise InputError(f'{lang}: no aligned words in {len(pairs)} sentence pairs; expected translations')
+    measured = measure(model, tokenizer, (theirs, english), links, layer=args.layer, dtype=dtype,
+                       seed=args.seed, desc=f'measuring {lang}')
+    found = distance_of(measured) | {'sentences': len(pairs), 'repeated': repeated, 'left_out': left_out}
+    found['cut'] = theirs.cut + english.cut
+    found['coverage'] = coverage(measured)
+    return found, words, links
 
 
-def distances(args, langs):
-    """The distance of each language from English -> what distances.json says, and {file name: lines} of the others."""
+def distances(args, files):
+    """Measure languages, {code: file} -> what distances.json says, and {language: (words, links)}."""
+    texts = {lang: read_text(args, path) for lang, path in files.items()}      # a broken file shows at once
     device, dtype = evaluate.choose_device(args.float32)
     name = args.model or evaluate.default_model(args.task, args.data)
     model, tokenizer = evaluate.load_encoder(name, args.task, layer=args.layer)
+    results = {'task': args.task, 'model': name, 'layer': args.layer, 'dtype': str(dtype), 'seed': args.seed}
+    results['english'] = 'translated' if args.translations else 'the row-aligned test file'
+    results['max_sentences'] = args.max_sentences
+    results['files'] = {'model': evaluate.fingerprint(model, tokenizer)}
+    results['languages'], aligned = {}, {}
     model.to(device).eval()
-    read = {'model': evaluate.fingerprint(model, tokenizer)}
+    for lang, path in files.items():
+        found, *aligned[lang] = one_language(model, tokenizer, args, lang, texts[lang], dtype)
+        results['languages'][lang] = found
+        results['files'][path.name] = digest(path)
     if not args.translations:
-        read['test-en.tsv'] = digest(path_of(args.data, args.task, 'test', 'en'))
-    found, files = {}, {}
-    for lang in langs:
-        path = translation_of(args, lang) if args.translations else path_of(args.data, args.task, 'test', lang)
-        longest = evaluate.longest(model, tokenizer, LONGEST)
-        found[lang], lines = one_language(model, tokenizer, args, lang, longest, dtype)
-        files |= lines
-        read[path.name] = digest(path)
-    english = 'XTREME\'s translations' if args.translations else 'the row-aligned test file'
-    return {'task': args.task, 'model': name, 'layer': args.layer, 'dtype': str(dtype), 'english': english,
-            'max_sentences': args.max_sentences, 'seed': args.seed, 'files': read, 'languages': found}, files
+        results['files']['test-en.tsv'] = digest(path_of(args.data, args.task, 'test', 'en'))
+    return results, aligned
 
 
-# ---------------------------------------------------------------- what is printed and written
+def write(folder, results, aligned):
+    """Write distances.json, and LANG.src-tgt and LANG.align of each language. Raises InputError."""
+    content = {'distances.json': [json.dumps(results, indent=1)]}
+    for lang, (words, links) in aligned.items():
+        content[f'{lang}.src-tgt'] = [' '.join([*theirs, '|||', *english]) for theirs, english in words]
+        content[f'{lang}.align'] = [pharaoh(line) for line in links]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, lines in content.items():
+            with replacing(folder / name) as part:
+                part.write_text('\n'.join([*lines, '']), encoding='utf-8')
+    except OSError as error:
+        raise InputError(f'{error.filename}: {error.strerror}; the figures above were not written') from None
+
+
+# What is printed: a column's form is that of a number in it.
+DISTANCE = {'distance': '{:.3f}', 'standard_error': '{:.3f}', 'random': '{:.3f}', 'ratio': '{:.3f}',
+            'words': '{:,}', 'sentences': '{:,}', 'repeated': '{:,}', 'left_out': '{:,}', 'cut': '{:,}'}
+COVERAGE = {'identical': '{:.1%}', 'largest': '{:.3f}', 'random_largest': '{:.3f}', 'deviation': '{:.3f}'}
+
 
 def caption(results):
     """What the tables are of, in a line."""
     first = f', the first {results["max_sentences"]:,} sentence pairs' if results['max_sentences'] else ''
-    return (f'{results["task"]}, layer {results["layer"]} of {results["model"]} ({results["files"]["model"]}), '
-            f'{results["dtype"]}; English: {results["english"]}{first}')
+    return (f'{results["task"]}, layer {results["layer"]} of {results["model"]}, '
+            f'{results["dtype"].removeprefix("torch.")}; English: {results["english"]}{first}')
+
+
+def as_cells(found, forms):
+    """Figures as a row's cells, by the name of their column; None has no cell."""
+    cells = {}
+    for name, form in forms.items():
+        if found[name] is not None:
+            cells[name.replace('_', ' ')] = form.format(found[name])
+    return cells
+
+
+def distance_table(results):
+    """The Table of the distances."""
+    rows = [(lang, as_cells(found, DISTANCE)) for lang, found in results['languages'].items()]
+    below = ['distance: Euclidean, mean over aligned words; random: over random words',
+             'standard error: over sentences',
+             'sentences: repeated ones once; left out: empty ones and NS (no sentence)',
+             f'cut: sentences of more than {LONGEST} tokens, or than the encoder takes']
+    columns = [name.replace('_', ' ') for name in DISTANCE]
+    return evaluate.Table([f'Distance from English: {caption(results)}'], columns, rows, below)
+
+
+def coverage_table(results):
+    """The Table of the coverage."""
+    rows = []
+    for lang, language in results['languages'].items():
+        found = language['coverage']
+        cells = as_cells(found, COVERAGE)
+        for eps, share in found['within'].items():
+            other = found['within_other'][eps]
+            cells[f'eps {eps}'] = f'{share:.1%} / ' + ('-' if other is None else f'{other:.1%}')
+        rows.append((lang, cells))
+    below = ['eps: aligned words whose difference is in this L-inf ball / of those that are not identical',
+             'identical: words that end in the same token',
+             'largest: coordinate of the difference, median; random largest: of random words',
+             'deviation: standard deviation of the coordinates']
+    columns = ['identical', *(f'eps {eps:g}' for eps in EPS), 'largest', 'random largest', 'deviation']
+    above = [f'Do the regions cover the translations? {caption(results)}']
+    return evaluate.Table(above, columns, rows, below)
+
+
+# ---------------------------------------------------------------- Figure 2
+
+class Gain(NamedTuple):
+    """What a method gains over plain in each language, at the eps chosen by English dev."""
+    name: str           # method and eps
+    seeds: int
+    points: list        # of accuracy, a language each; nan where there are no labels
+    half: list          # half the width of the 95% interval
+    rank: tuple | None  # rank correlation with the distances, and its p
+
+
+def comparable(records, task):
+    """The group that all records form, once: {label: {eps: [records]}} as evaluate.variants gives it.
+
+    Raises InputError unless all are runs of this task that may stand in one table, plain among them.
+    """
+    for record in records:
+        if record['args']['task'] != task:
+            raise InputError(f'{record["name"]}: a run of {record["args"]["task"]}; expected runs of {task}')
+    groups = evaluate.groups(records)
+    if len(groups) > 1:
+        one, other = groups[0][0], groups[1][0]
+        why = ', '.join(evaluate.differences(one, other))
+        raise InputError(f'{one["name"]} and {other["name"]} do not belong together ({why}); expected runs '
+                         'that differ in method, eps and seed alone')
+    found = evaluate.variants(groups[0])
+    if len(found) < 2 or 'plain' not in found:
+        raise InputError(f'runs of {", ".join(found) or "no method"}; expected plain and a robust method')
+    plain = found['plain'][None]
+    for label, by_eps in found.items():
+        if not evaluate.paired(by_eps[evaluate.chosen_eps(by_eps)], plain):
+            raise InputError(f'{label}: no seed in common with plain; expected runs of the same seeds')
+    return found
+
+
+def gains(found, by_lang):
+    """What each robust method gains -> languages from near to far, a Gain for each method.
+
+    `found`: as `comparable` gives it; `by_lang`: {language: its distance}.
+    """
+    langs = sorted(by_lang, key=by_lang.get)
+    plain, rows = found['plain'][None], []
+    for label, by_eps in found.items():
+        if label == 'plain':
+            continue
+        eps = evaluate.chosen_eps(by_eps)
+        points, half = [values.tolist()[:-1] for values in evaluate.gain(by_eps[eps], plain, langs)]
+        labelled = [(by_lang[lang], value) for lang, value in zip(langs, points) if not math.isnan(value)]
+        rank = rank_correlation([pair[0] for pair in labelled], [pair[1] for pair in labelled])
+        seeds = len(evaluate.paired(by_eps[eps], plain))
+        rows.append(Gain(evaluate.row_name(label, eps), seeds, points, half, rank))
+    return langs, rows
+
+
+def rank_correlation(x, y, seed=42):
+    """Spearman's rho and its two-sided p by permutation -> (rho, p); None where x or y is constant.
+
+    Of all permutations up to 8 values, else of 100,000 at random, the given order counted among them.
+    """
+    ranks = []
+    for values in (x, y):
+        values = torch.tensor(values, dtype=torch.double)
+        rank = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+        ranks.append(rank.double() - rank.double().mean())
+    a, b = ranks
+    scale = a.norm() * b.norm()
+    if scale == 0:
+        return None
+    rho = (a @ b / scale).item()
+    if len(a) <= 8:
+        orders = torch.tensor(list(itertools.permutations(range(len(a)))))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        orders = torch.rand(100_000, len(a), generator=generator).argsort(1)
+        orders = torch.cat([torch.arange(len(a))[None], orders])
+    others = b[orders] @ a / scale
+    return rho, (others.abs() >= abs(rho) - 1e-9).double().mean().item()
+
+
+def gain_table(results, langs, rows, records):
+    """The Table of the gains: languages from near to far, a method a column."""
+    lines = []
+    for number, lang in enumerate(langs):
+        cells = {'distance': f'{results["languages"][lang]["distance"]:.3f}'}
+        for row in rows:
+            if not math.isnan(row.half[number]):
+                cells[row.name] = f'{row.points[number]:+.1f} ±{row.half[number]:.1f}'
+        lines.append((lang, cells))
+    correlations = {row.name: row.rank for row in rows if row.rank}
+    lines.append(('rank correlation', {name: f'{rho:+.2f}' for name, (rho, _) in correlations.items()}))
+    lines.append(('p', {name: f'{p:.2g}' for name, (_, p) in correlations.items()}))
+    above = ['Accuracy gained over plain in points, ± half its 95% interval', *evaluate.caption(records)]
+    if any(record['files'].get('model') != results['files']['model'] for record in records):
+        above.append('The distances are of another encoder than these runs began with.')
+    below = [f'{row.name}: {row.seeds} seed{"s" * (row.seeds > 1)}, as plain' for row in rows]
+    below.append('rank correlation of gain and distance: Spearman; p: by permutation, two-sided')
+    return evaluate.Table(above, ['distance', *(row.name for row in rows)], lines, below)
+
+
+def figure_2(results, langs, rows):
+    """Draw Figure 2, a panel a method, its bars from near (left) to far (right) -> matplotlib figure."""
+    figure = evaluate.new_figure(max(5, 0.62 * len(langs) + 1.5), 2.1 * len(rows) + 1.4)
+    panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False).flatten()
+    places = range(len(langs))
+    for number, (row, axes) in enumerate(zip(rows, panels)):
+        axes.bar(places, row.points, yerr=row.half, capsize=3, color=f'C{number}', alpha=0.8)
+        axes.axhline(0, color='black', linewidth=0.8)
+        title = f'{row.name}, {row.seeds} seed{"s" * (row.seeds > 1)}'
+        if row.rank:
+            title += '; rank correlation {:+.2f}, p = {:.2g}'.format(*row.rank)
+        axes.set_title(title, fontsize='medium')
+        axes.set_ylabel('gain (points)')
+    far = results['languages']
+    panels[-1].set_xticks(places, [f'{lang}\n{far[lang]["distance"]:.3g}' for lang in langs])
+    panels[-1].set_xlabel(f'language, and its distance from English (Euclidean, layer {results["layer"]} '
+                          f'of {Path(results["model"]).name})')
+    figure.suptitle(f'{results["task"]}: accuracy gained over plain, by method and eps (L-inf, embedding '
+                    'coordinates)\nbars: mean over seeds; whiskers: 95% interval', fontsize='medium')
+    return figure
+
+
+# ---------------------------------------------------------------- command line
+
+def parse_args(words=None):
+    """The command line, or these words of one."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     epilog='See the top of distance.py for what is written.')
+    group = parser.add_argument_group('what')
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add('--task', choices=TASKS, help='measure the distances of its languages')
+    add('--align', metavar='FILE', help='align lines of `source ||| target`, print links i-j, from 0')
+    group.add_argument('--runs', nargs='+', metavar='RUN',
+                       help='Figure 2: runs of plain and robust methods, run folders or .jsonl of results')
+    add = parser.add_argument_group('data and model').add_argument
+    add('--data', default='download', help="folder in XTREME's layout (default: %(default)s)")
+    add('--langs', nargs='+', metavar='LANG', help="any with a test-LANG.tsv; else the task's")
+    add('--translations', metavar='DIR', help="XTREME's translate-test files in place of test-en.tsv")
+    add('--model', help='pre-trained encoder, not fine-tuned: folder, or name of the hub; else as train.py')
+    add = parser.add_argument_group('how').add_argument
+    add('--layer', type=int, default=-1,
+        help='0 word embeddings, k the k-th layer, -1 the last (default: %(default)s, Cao et al.)')
+    add('--max-sentences', type=in_range(int, 1), metavar='N', help='the first N sentence pairs a language')
+    add('--seed', type=in_range(int, 0, 2 ** 63), default=42,
+        help='of the random words (default: %(default)s)')
+    add('--float32', action='store_true', help='no bfloat16, whatever the hardware')
+    add = parser.add_argument_group('output').add_argument
+    add('--out', metavar='FOLDER', help='distances, words and links; else runs/distance-TASK')
+    add('-o', '--output', metavar='FILE', help='Figure 2 of --runs, .png or .svg')
+    args = parser.parse_args(words)
+    if args.align and args.runs:
+        parser.error('--runs goes with --task')
+    if args.output and not args.runs:
+        parser.error('-o is the picture of --runs')
+    return args
+
+
+def main(args=None):
+    """Align a file; or measure the distances of a task and set what robust training gains against them."""
+    args = args or parse_args()
+    if args.align:
+        for links in align(read_source_target(args.align)):
+            print(pharaoh(links))
+        return
+    if args.output:         # found out now, not after the measuring
+        evaluate.check_picture(args.output)
+        if not Path(args.output).parent.is_dir():
+            raise InputError(f'{args.output}: no such folder; make it first')
+    records = evaluate.read_records(args.runs or [])
+    found = comparable(records, args.task) if records else None
+    results, aligned = distances(args, languages(args))
+    print(evaluate.render(distance_table(results)))
+    print(evaluate.render(coverage_table(results)))
+    if found:
+        by_lang = {lang: language['distance'] for lang, language in results['languages'].items()}
+        langs, rows = gains(found, by_lang)
+        print(evaluate.render(gain_table(results, langs, rows, records)))
+        if args.output:
+            evaluate.save_picture(figure_2(results, langs, rows), args.output)
+    write(Path(args.out or f'runs/distance-{args.task}'), results, aligned)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -338,6 +338,7 @@ def loader_of(pairs, batches, tokenizer, max_length, device):
     ahead = {}
     if device.type == 'cuda':
         ahead = {'num_workers': 1, 'prefetch_factor': 16, 'pin_memory': True}
+        os.environ['TOKENIZERS_PARALLELISM'] = 'false'      # else a forked tokenizer warns
     padded = functools.partial(collate, tokenizer=tokenizer, max_length=max_length)
     return DataLoader(pairs, batch_sampler=batches, collate_fn=padded, **ahead)
 

@@ -19,7 +19,6 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
-import robust
 import train
 from data import run_script
 
