@@ -394,8 +394,13 @@ def languages(args):
 def read_text(args, path):
     """The parallel text of a language, as `parallel` gives it."""
     if args.translations:
-        return parallel(*read_translations(path, args.task))
-    return parallel(*read_aligned(path, args.data, args.task))
+        rows = read_translations(path, args.task)
+    else:
+        rows = read_aligned(path, args.data, args.task)
+    text = parallel(*rows)
+    if not text[0]:
+        raise InputError(f'{path}: empty or NS in every row; expected sentences and their translations')
+    return text
 
 
 def one_language(model, tokenizer, args, lang, text, dtype):
@@ -626,6 +631,18 @@ def figure_2(results, langs, rows):
     return figure
 
 
+def report(results, found, records, picture):
+    """Print the tables; with runs, `found` among `records`, that of the gains too, and draw Figure 2."""
+    print(evaluate.render(distance_table(results)))
+    print(evaluate.render(coverage_table(results)))
+    if found:
+        by_lang = {lang: language['distance'] for lang, language in results['languages'].items()}
+        langs, rows = gains(found, by_lang)
+        print(evaluate.render(gain_table(results, langs, rows, records)))
+        if picture:
+            evaluate.save_picture(figure_2(results, langs, rows), picture)
+
+
 # ---------------------------------------------------------------- command line
 
 def parse_args(words=None):
@@ -675,15 +692,10 @@ def main(args=None):
     records = evaluate.read_records(args.runs or [])
     found = comparable(records, args.task) if records else None
     results, aligned = distances(args, languages(args))
-    print(evaluate.render(distance_table(results)))
-    print(evaluate.render(coverage_table(results)))
-    if found:
-        by_lang = {lang: language['distance'] for lang, language in results['languages'].items()}
-        langs, rows = gains(found, by_lang)
-        print(evaluate.render(gain_table(results, langs, rows, records)))
-        if args.output:
-            evaluate.save_picture(figure_2(results, langs, rows), args.output)
-    write(Path(args.out or f'runs/distance-{args.task}'), results, aligned)
+    try:
+        report(results, found, records, args.output)
+    finally:        # written also where a picture fails, or `| head` has seen enough
+        write(Path(args.out or f'runs/distance-{args.task}'), results, aligned)
 
 
 if __name__ == '__main__':

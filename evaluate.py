@@ -16,12 +16,11 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,15 +54,15 @@ def choose_device(float32=False):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, name = torch.device('cpu'), f'CPU, {torch.get_num_threads()} threads, as there is no CUDA GPU'
-        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
-        fast = bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()       # not in older torch
+        fast = capabilities.get('avx512_bf16') or capabilities.get('amx_bf16')
         if torch.backends.mps.is_available() or torch.xpu.is_available():
             name += " (this machine's own is not used: nothing here was tested on one)"
-    if float32:
-        say(f'device: {name}; float32, as asked')
-        return device, torch.float32
-    say(f'device: {name}; ' + ('bfloat16' if fast else 'float32, as it does not multiply bfloat16'))
-    return device, torch.bfloat16 if fast else torch.float32
+    if fast and not float32:
+        say(f'device: {name}; bfloat16')
+        return device, torch.bfloat16
+    say(f'device: {name}; float32, ' + ('as asked' if float32 else 'as it does not multiply bfloat16'))
+    return device, torch.float32
 
 
 def default_model(task, data):
@@ -87,14 +86,13 @@ def load_encoder(name, task, freeze_embeddings=False, layer=0):
         raise InputError(f'{name}: {len(lost)} of its weights are missing ({lost[0]}, ...) and would be '
                          'random; expected the checkpoint of a pre-trained encoder')
     if (config.architectures or [''])[0].endswith('ForSequenceClassification'):
-        theirs = [str(config.id2label[number]).lower() for number in sorted(config.id2label)]
-        if theirs == list(labels.values()):
+        theirs = label_ids(config)
+        if theirs == ids:
             say(f'{name}: already a classifier of {task}; its head is kept')
         else:
             say(f'{name}: a classifier of {", ".join(theirs)}; it gets a new head for {task}')
-            fresh = AutoModelForSequenceClassification.from_config(model.config).state_dict()
-            head = {key: value for key, value in fresh.items() if not key.startswith(encoder)}
-            model.load_state_dict(head, strict=False)
+            trained, model = model, AutoModelForSequenceClassification.from_config(model.config)
+            setattr(model, model.base_model_prefix, trained.base_model)
     check_encoder(name, model, tokenizer, layer)
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     return model, tokenizer
@@ -114,52 +112,37 @@ def from_pretrained(name, **options):
     """transformers' loading -> config as stored, model, tokenizer, the names of missing weights."""
     logging.set_verbosity_error()       # what of its reports matters is said here, in a line
     logging.disable_progress_bar()
-    where = {'trust_remote_code': False}
-    reason = None
+    where, reason = {'trust_remote_code': False}, None
     if not Path(name).exists():
         try:
             huggingface_hub.model_info(name, timeout=10)
         except Exception as error:      # ask the hub once: without a network transformers would for a minute
-            reason = error
-            where['local_files_only'] = True
+            where['local_files_only'], reason = True, error
     try:
         config = AutoConfig.from_pretrained(name, **where)
-        if config.is_encoder_decoder:
-            raise InputError(f'{name}: an encoder-decoder; expected an encoder, such as {MBERT}')
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **where, **options)
-    except InputError:
-        raise
     except Exception as error:          # whatever broken or foreign files make transformers raise
         raise InputError(f'{name}: cannot be loaded ({first_line(reason or error)}); expected the name of a '
                          'model, or a folder with config.json, model.safetensors, tokenizer.json') from None
+    if config.is_encoder_decoder:
+        raise InputError(f'{name}: an encoder-decoder; expected an encoder, such as {MBERT}')
     for setting in ('local_files_only', 'trust_remote_code', 'is_local'):
         tokenizer.init_kwargs.pop(setting, None)        # the loader's own, no part of a checkpoint
     resized = [key for key, *_ in info['mismatched_keys']]
-    return config, model, tokenizer, sorted(info['missing_keys']) + sorted(resized)
+    return config, model, tokenizer, sorted([*info['missing_keys'], *resized])
 
 
 def check_encoder(name, model, tokenizer, layer=0):
     """Raise InputError where tokenizer and encoder cannot classify pairs, or delta does not reach `layer`.
 
-    Found out with one pair, before hours are spent. A tokenizer without a pad token gets its end token.
+    Found out with one pair, before hours are spent.
     """
-    vocabulary = tokenizer.get_vocab()
-    if not set(vocabulary) - set(tokenizer.all_special_tokens):
-        raise InputError(f'{name}: a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
-                         'sentencepiece.bpe.model) beside the weights')
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InputError(f'{name}: its tokenizer has neither a pad nor an end token; name a pad_token in '
-                             'tokenizer_config.json')
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
     try:
-        together = tokenizer('one two', add_special_tokens=False)['input_ids']
-        together += tokenizer('three', add_special_tokens=False)['input_ids']
+        check_tokenizer(tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id
         pair = tokenizer('one two', 'three', return_tensors='pt')
-        ids = pair['input_ids'][0].tolist()
         delta = robust.uniform_delta(model, pair, 0.0, layer)
         with torch.no_grad(), robust.perturbed(model.eval(), delta, layer):
             model(**pair)
@@ -168,8 +151,20 @@ def check_encoder(name, model, tokenizer, layer=0):
     except Exception as error:
         raise InputError(f'{name}: cannot classify a pair of sentences ({first_line(error)}); '
                          'use another encoder') from None
-    if any(ids[at:at + len(together)] == together for at in range(len(ids))):
-        raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; '
+
+
+def check_tokenizer(tokenizer):
+    """Raise InputError where it lacks a vocabulary, a pad token (the end's serves) or what parts a pair."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise InputError('a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
+                         'sentencepiece.bpe.model) beside the weights')
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError('its tokenizer has neither a pad nor an end token; name a pad_token in '
+                         'tokenizer_config.json')
+    special = tokenizer.num_special_tokens_to_add
+    if special(pair=True) <= special(pair=False):
+        raise InputError('its tokenizer puts nothing between the two sentences of a pair; '
                          'use another encoder')
 
 
@@ -207,10 +202,10 @@ def encode(tokenizer, pairs, max_length):
     """Tokenise pairs -> features, a list of dicts that `tokenizer.pad` takes, and how many pairs were cut."""
     premises, hypotheses = [pair.premise for pair in pairs], [pair.hypothesis for pair in pairs]
     encoded = tokenizer(premises, hypotheses, truncation=True, max_length=max_length)
-    features = [{name: encoded[name][i] for name in encoded} for i in range(len(pairs))]
-    cut = 0
-    for pair, feature in zip(pairs, features):
-        if len(feature['input_ids']) == max_length:
+    features, cut = [], 0
+    for row, pair in enumerate(pairs):
+        features.append({name: values[row] for name, values in encoded.items()})
+        if len(encoded['input_ids'][row]) == max_length:
             cut += len(tokenizer(pair.premise, pair.hypothesis)['input_ids']) > max_length
     return features, cut
 
@@ -231,28 +226,28 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
     # so that memory that does not suffice shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
-    winners, finite = [], []
+    counted = []
     for start in progress(range(0, len(order), batch), desc=desc, unit='batch'):
         chosen = order[start:start + batch]
         inputs = tokenizer.pad([features[i] for i in chosen], return_tensors='pt').to(model.device)
         labels = torch.tensor([pairs[i].label or 0 for i in chosen], device=model.device)
         votes = 0
         for _ in range(passes):
-            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                noise = contextlib.nullcontext()
-                if delta:
-                    noise = robust.perturbed(model, delta(inputs, labels), layer)
-                with noise, torch.inference_mode():
-                    logits = model(**inputs).logits.float()
-            finite.append(logits.isfinite().all())
+            noise = contextlib.nullcontext()
+            if delta:       # not in bfloat16: rounded logits would let a sure classifier's gradient vanish
+                noise = robust.perturbed(model, delta(inputs, labels), layer)
+            autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+            with noise, autocast, torch.inference_mode():
+                logits = model(**inputs).logits.float()
             votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
             votes = votes + logits.softmax(-1) / (passes + 1)       # all passes together less than one vote
-        winners.append(votes.argmax(-1))
-    if not torch.stack(finite).all():       # at the end, as is the copy from the GPU: each would wait for it
+        counted.append(votes)
+    votes = torch.cat(counted)      # looked at and copied from the GPU at the end: each batch would wait
+    if not votes.isfinite().all():
         raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; train it with a '
                          'smaller lr or eps, or in float32')
     predicted = torch.empty(len(pairs), dtype=torch.long)
-    predicted[order] = torch.cat(winners).cpu()
+    predicted[order] = votes.argmax(-1).cpu()
     return predicted, cut
 
 
@@ -271,10 +266,14 @@ def accuracy(marks):
     return None if marks is None else 100 * marks.count('1') / len(marks)
 
 
+def label_ids(config):
+    """{label in lower case: the number that a classifier gives it}."""
+    return {str(label).lower(): int(number) for number, label in config.id2label.items()}
+
+
 def label_order(model, task):
     """The model's number of each of the task's labels. Raises InputError if it has other labels."""
-    labels = TASKS[task].labels
-    ids = {str(name).lower(): int(i) for i, name in model.config.id2label.items()}
+    labels, ids = TASKS[task].labels, label_ids(model.config)
     if set(ids) != set(labels):
         wanted = json.dumps(dict(enumerate(labels)))
         raise InputError(f'{model.config.name_or_path}: its labels are {", ".join(ids)}; {task} has '
@@ -285,20 +284,17 @@ def label_order(model, task):
 
 def read_as(model, task, data, split, lang, max_eval=None):
     """A file's first max_eval pairs, their labels as the model numbers them."""
-    order = label_order(model, task)
-    pairs = []
-    for pair in read_pairs(path_of(data, task, split, lang), task)[:max_eval]:
-        label = None if pair.label is None else order[pair.label]
-        pairs.append(pair._replace(label=label))
-    return pairs
+    numbers = dict(enumerate(label_order(model, task)))
+    pairs = read_pairs(path_of(data, task, split, lang), task)[:max_eval]
+    return [pair._replace(label=numbers.get(pair.label)) for pair in pairs]     # None stays None
 
 
 def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, predictions=None, **options):
-    """Predict the SPLIT file of each language -> {lang: {'marks', 'cut', 'answers'}}.
+    """Predict the SPLIT file of each language -> {lang: {'items', 'marks', 'cut', 'answers', 'predicted'}}.
 
-    `marks` as the function, `cut` how many pairs were cut, `answers` how often each of the task's labels was
-    given. `predictions`: a folder that gets the answers as SPLIT-LANG.tsv, one label a line, which XTREME's
-    evaluation takes. Of the dev files English alone has to be there. `options` go to `predict`.
+    `items` how many pairs, `marks` as the function, `cut` how many pairs were cut, `answers` how often each
+    of the task's labels was given, `predicted` the label of each pair. `predictions`: a folder, to
+    `write_predictions` there. Of the dev files English alone has to be there. `options` go to `predict`.
     """
     labels = TASKS[task].labels
     order = label_order(model, task)
@@ -308,14 +304,21 @@ def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, p
             continue
         pairs = read_as(model, task, data, split, lang, max_eval)
         predicted, cut = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
-        answers = [int((predicted == number).sum()) for number in order]
-        found[lang] = {'marks': marks(predicted, pairs), 'cut': cut, 'answers': answers}
-        if predictions:
-            Path(predictions).mkdir(parents=True, exist_ok=True)
-            names = [labels[order.index(number)] for number in predicted.tolist()]
-            with replacing(Path(predictions) / f'{split}-{lang}.tsv') as part:
-                part.write_text(''.join(f'{name}\n' for name in names), encoding='utf-8')
+        names = [labels[order.index(number)] for number in predicted.tolist()]
+        answers = [names.count(label) for label in labels]
+        found[lang] = {'items': len(pairs), 'marks': marks(predicted, pairs), 'cut': cut, 'answers': answers,
+                       'predicted': names}
+    if predictions:
+        write_predictions(predictions, split, found)
     return found
+
+
+def write_predictions(folder, split, found):
+    """What `score` found as SPLIT-LANG.tsv, one label a line: the form that XTREME's evaluation takes."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for lang, row in found.items():
+        with replacing(Path(folder) / f'{split}-{lang}.tsv') as part:
+            part.write_text(''.join(f'{name}\n' for name in row['predicted']), encoding='utf-8')
 
 
 def cut_note(cut, max_length):
@@ -343,18 +346,16 @@ def read_records(names):
                 raise InputError(f'{name}: no results.json in it, so that it is no finished run of train.py; '
                                  '--task TASK scores any other classifier')
         for number, line in enumerate(read_lines(path, 'a record of train.py a line'), 1):
-            if path.suffix == '.json':
-                records.append(read_record(line, path) | {'name': str(name)})
-            elif line.strip():
-                records.append(read_record(line, f'{name}:{number}') | {'name': f'{name}:{number}'})
+            where = str(path) if path.suffix == '.json' else f'{path}:{number}'
+            records.append(read_record(line, where) | {'name': where.removesuffix(f'{os.sep}results.json')})
     return records
 
 
 def read_record(line, where):
     """One record from its line of JSON."""
+    needed = ('args', 'files', 'paths', 'dtype', 'train_pairs', 'dev', 'step', 'steps', 'test_marks')
     try:
         record = json.loads(line)
-        needed = ('args', 'files', 'dtype', 'dev', 'step', 'test_marks')
         missing = [key for key in needed if key not in record]
     except (ValueError, TypeError) as error:
         raise InputError(f'{where}: not JSON ({error}); expected a record of train.py') from None
@@ -379,17 +380,11 @@ def crossed(first, second):
     return pairs
 
 
-def tested(model, tokenizer, pairs, **options):
-    """Predict pairs -> {'marks' as the function, 'cut': how many were too long, 'items': how many}."""
-    predicted, cut = predict(model, tokenizer, pairs, **options)
-    return {'marks': marks(predicted, pairs), 'cut': cut, 'items': len(pairs)}
-
-
 def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options):
     """The published version's generalised setting: premise in one language, hypothesis in another.
 
-    -> {'en-de' (premise-hypothesis): what `tested` gives}. Made from the row-aligned test files; raises
-    InputError if they are not of one length. `options`, here and below: of `predict`.
+    -> {'en-de' (premise-hypothesis): {'items', 'marks', 'cut'}}, as `score`. Made from the row-aligned test
+    files; raises InputError if they are not of one length. `options`, here and below: of `predict`.
     """
     files = {lang: read_as(model, task, data, 'test', lang, max_eval) for lang in langs}
     rows = len(files[langs[0]])
@@ -398,56 +393,48 @@ def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options
             raise InputError(f'{Path(data) / task}: {len(pairs)} rows in test-{lang}.tsv, {rows} in '
                              f'test-{langs[0]}.tsv; the generalised setting needs row-aligned files')
     found = {}
-    for first in langs:
-        for second in langs:
-            pairs, name = crossed(files[first], files[second]), f'{first}-{second}'
-            found[name] = {'marks': None, 'cut': 0, 'items': 0}
-            if pairs:
-                found[name] = tested(model, tokenizer, pairs, desc=name, **options)
+    for first, second in itertools.product(langs, langs):
+        pairs, name = crossed(files[first], files[second]), f'{first}-{second}'
+        found[name] = {'items': len(pairs), 'marks': None, 'cut': 0}
+        if pairs:
+            predicted, found[name]['cut'] = predict(model, tokenizer, pairs, desc=name, **options)
+            found[name]['marks'] = marks(predicted, pairs)
     return found
 
 
 def in_ball(model, *, eps, steps=0, layer=0, seed=42):
-    """For `predict`: delta uniform in the L-inf ball, afresh each time, or after `steps` steps of PGD."""
+    """Options of `predict`: delta uniform in the L-inf ball, fresh for each batch, or PGD's after `steps`."""
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def delta(inputs, labels):
-        # The gradient of a sure classifier would vanish sooner if the logits were rounded to bfloat16.
-        with torch.autocast(model.device.type, enabled=False):
-            batch = {**inputs, 'labels': labels}
-            return robust.worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
-    return delta
+        batch = {**inputs, 'labels': labels}
+        return robust.worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
+    return {'delta': delta, 'layer': layer}
 
 
-def smoothed(model, tokenizer, task, data, langs, *, eps, passes, layer=0, seed=42, max_eval=None, **options):
-    """The smoothed classifier g of 3.2, its probability by `passes` draws of uniform noise.
-
-    -> {language: what `tested` gives}.
-    """
+def smoothed(model, tokenizer, task, data, langs, *, eps, passes, layer=0, seed=42, **options):
+    """The smoothed classifier g of 3.2, its probability by `passes` draws of noise -> what `score` gives."""
     found = {}
-    for lang in langs:
-        pairs = read_as(model, task, data, 'test', lang, max_eval)
-        noise = {'delta': in_ball(model, eps=eps, layer=layer, seed=seed), 'layer': layer, 'passes': passes}
-        found[lang] = tested(model, tokenizer, pairs, desc=f'test-{lang}', **noise, **options)
+    for lang in langs:      # each with the same draws, whatever the others
+        noise = in_ball(model, eps=eps, layer=layer, seed=seed)
+        found |= score(model, tokenizer, task, data, [lang], passes=passes, **noise, **options)
     return found
 
 
-def regions(model, tokenizer, task, data, langs, *, radii, steps, layer=0, seed=42, max_eval=None, **options):
+def regions(model, tokenizer, task, data, langs, *, radii, steps, layer=0, seed=42, **options):
     """Accuracy at each radius of the L-inf ball, under uniform noise (one draw a pair) and under attack.
 
-    -> {language: what `tested` gives, and 'noise' and 'attack': [accuracy at each radius]}. What the attack
+    -> {language: what `score` gives, and 'noise' and 'attack': [accuracy at each radius]}. What the attack
     does not find may be there all the same: its accuracy is an upper bound of the robust accuracy.
     """
     found = {}
     for lang in langs:
-        pairs = read_as(model, task, data, 'test', lang, max_eval)
         curves = {'noise': [], 'attack': []}
-        for eps in radii:
-            for kind, pgd in (('noise', 0), ('attack', steps)):
-                delta = in_ball(model, eps=eps, steps=pgd, layer=layer, seed=seed)
-                row = tested(model, tokenizer, pairs, delta=delta, layer=layer,
-                             desc=f'{lang} {kind} {eps:g}', **options)
-                curves[kind].append(accuracy(row['marks']))
+        for eps, kind in itertools.product(radii, curves):
+            pgd = steps if kind == 'attack' else 0
+            noise = in_ball(model, eps=eps, steps=pgd, layer=layer, seed=seed)
+            row = score(model, tokenizer, task, data, [lang], **noise, **options)[lang]
+            curves[kind].append(accuracy(row['marks']))
         found[lang] = row | curves
     return found
 
@@ -480,12 +467,10 @@ def draw_regions(curves, radii, title, chance):
 
     curves: {name: [what `regions` found, one a seed]}, drawn as the mean over seeds. chance: in percent.
     """
-    everything = []
-    for seeds in curves.values():
-        everything += seeds
-    langs = list(everything[0])
-    for found in everything:
-        langs = [lang for lang in langs if lang in found and None not in found[lang]['noise']]
+    first, *others = sum(curves.values(), [])
+    langs = [lang for lang in first if None not in first[lang]['noise']]
+    for found in others:
+        langs = [lang for lang in langs if lang in found]
     if not langs:
         raise InputError('no language has labels in every run: there is nothing to draw')
     columns = min(4, len(langs))
@@ -555,12 +540,12 @@ def render(table):
     for name, cells in table.rows:
         lines.append([name, *(cells.get(column, '-') for column in table.columns)])
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ['-' * (width - 1) + ':' for width in widths])
-    lines[1][0] = '-' * widths[0]
+    rule = ['-' * (width - 1) + ':' for width in widths[1:]]
+    lines.insert(1, ['-' * widths[0], *rule])
     text = [*table.above, '']
     for name, *cells in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        text.append(f'| {" | ".join([name.ljust(widths[0]), *aligned])} |')
+        aligned = [name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]
+        text.append(f'| {" | ".join(aligned)} |')
     return '\n'.join([*text, '', *(f'- {note}' for note in table.below), ''])
 
 
@@ -582,14 +567,12 @@ def count_items(record):
 
 def settings(record):
     """What must agree between two records that both name it -> {name: value}."""
-    may_differ = {'method', 'seed'}.union(*robust.METHODS.values())
-    found = {name: value for name, value in record['args'].items() if name not in may_differ}
-    found |= {name: value for name, value in record['files'].items() if name != 'synonyms'}
-    found |= {f'test items of {lang}': items for lang, items in count_items(record).items()}
-    found['dtype'] = record['dtype']
+    may_differ = {'method', 'seed', 'synonyms'}.union(*robust.METHODS.values())
     if record['args']['method'] == 'rs_a':
-        found.pop('epochs', None)       # they run over more pairs
-    return found
+        may_differ.add('epochs')        # they run over more pairs
+    found = {**record['args'], **record['files'], 'dtype': record['dtype']}
+    found |= {f'test items of {lang}': items for lang, items in count_items(record).items()}
+    return {name: value for name, value in found.items() if name not in may_differ}
 
 
 def differences(one, other):
@@ -601,13 +584,21 @@ def differences(one, other):
     return found
 
 
+def apart(record, group):
+    """Why a record may not stand in one table with others -> a line, empty where it may."""
+    for other in group:
+        why = differences(record, other)
+        if why:
+            return f'In no table with {other["name"]}: {", ".join(why)}.'
+    return ''
+
+
 def counted(record, group):
     """Whether the same run is in a group that the record fits: the folder whose line it is, for instance."""
     for other in group:
-        same = record['args'] == other['args'] and own(record) == own(other)
-        if same and record['test_marks'] != other['test_marks']:
-            say(f'{record["name"]}: the same run as {other["name"]}, with other results; left out')
-        if same:
+        if record['args'] == other['args'] and own(record) == own(other):
+            if record['test_marks'] != other['test_marks']:
+                say(f'{record["name"]}: the same run as {other["name"]}, with other results; left out')
             return True
     return False
 
@@ -620,13 +611,11 @@ def groups(records):
     found = []
     # RS-A's come last: as nobody's epochs are compared with theirs, they may stand in several tables.
     for record in sorted(records, key=lambda record: record['args']['method'] == 'rs_a'):
-        alone = True
-        for group in found:
-            if not any(differences(record, other) for other in group):
-                alone = False
-                if not counted(record, group):
-                    group.append(record)
-        if alone:
+        fitting = [group for group in found if not apart(record, group)]
+        for group in fitting:
+            if not counted(record, group):
+                group.append(record)
+        if not fitting:
             found.append([record])
     return found
 
@@ -639,12 +628,9 @@ def is_plain(record):
 
 def own(record):
     """What tells a run from others of its method, eps and seed aside: {name: value}."""
-    args = record['args']
-    values = {name: args.get(name) for name in robust.METHODS.get(args['method'], ()) if name != 'eps'}
-    if args['method'] == 'rs_a':
-        values['epochs'] = args.get('epochs')
-        values['synonyms'] = record['files'].get('synonyms')
-    return values
+    args = record['args'] | {'synonyms': record['files'].get('synonyms')}
+    names = [*robust.METHODS.get(args['method'], ()), 'epochs', 'synonyms']
+    return {name: args.get(name) for name in names if name != 'eps'}
 
 
 def label_of(record, group):
@@ -674,7 +660,7 @@ def variants(group):
     """
     def order(record):
         args = record['args']
-        return [*robust.METHODS, args['method']].index(args['method']), args['eps'] or 0, args['seed']
+        return list(robust.METHODS).index(args['method']), args['eps'] or 0, args['seed']
 
     found = {}
     for record in sorted(group, key=order):
@@ -698,13 +684,12 @@ def chosen_eps(by_eps):
 
 def accuracies(records, langs, field='test_marks'):
     """Accuracy in percent: float64 (seeds, languages); nan where there are no labels."""
-    found = torch.full((len(records), len(langs)), math.nan, dtype=torch.double)
-    for row, record in enumerate(records):
-        for column, lang in enumerate(langs):
-            marked = (record.get(field) or {}).get(lang)
-            if marked:
-                found[row, column] = accuracy(marked)
-    return found
+    rows = []
+    for record in records:
+        marked = record.get(field) or {}
+        scores = [accuracy(marked.get(lang)) for lang in langs]
+        rows.append([math.nan if score is None else score for score in scores])
+    return torch.tensor(rows, dtype=torch.double)
 
 
 def averaged(scores):
@@ -719,19 +704,16 @@ def oracle(by_eps, langs):
     """
     dev = torch.stack([accuracies(records, langs, 'dev_marks').mean(0) for records in by_eps.values()])
     test = torch.stack([accuracies(records, langs).mean(0) for records in by_eps.values()])
-    best = dev.nan_to_num(-1).argmax(0, keepdim=True)
-    scores = test.gather(0, best)[0].where(dev.isfinite().all(0), math.nan)
+    best = dev.max(0)       # nan where one is nan
+    scores = test.gather(0, best.indices[None])[0] + 0 * best.values
     return torch.cat([scores, scores.mean(-1, keepdim=True)])
 
 
 def paired(robust, plain):
     """[(robust record, plain record)] of the seeds that both have."""
     by_seed = {record['args']['seed']: record for record in plain}
-    pairs = []
-    for record in robust:
-        if record['args']['seed'] in by_seed:
-            pairs.append((record, by_seed[record['args']['seed']]))
-    return pairs
+    both = [record for record in robust if record['args']['seed'] in by_seed]
+    return [(record, by_seed[record['args']['seed']]) for record in both]
 
 
 def seed_gains(pairs, langs):
@@ -790,29 +772,26 @@ def gain(robust, plain, langs):
     if not pairs:
         nothing = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
         return nothing, nothing
-    by_seed, half = seed_gains(pairs, langs), 1.96 * item_errors(pairs, langs)
-    freedom = len(pairs) - 1
-    if freedom > 0:
-        t = T975[freedom - 1] if freedom <= len(T975) else 1.96
-        half = torch.hypot(half, t * by_seed.std(0) / len(pairs) ** 0.5)
+    by_seed, half, seeds = seed_gains(pairs, langs), 1.96 * item_errors(pairs, langs), len(pairs)
+    if seeds > 1:
+        t = T975[seeds - 2] if seeds - 2 < len(T975) else 1.96
+        half = torch.hypot(half, t * by_seed.std(0) / seeds ** 0.5)
     return by_seed.mean(0), half
 
 
 # The table of a group.
 
-def stuck(records):
-    """Of the runs that give nearly one answer alone to the English test: its share, for each."""
-    found = []
-    for record in records:
-        answers = (record.get('answers') or {}).get('en') or [0]
-        share = max(answers) / max(sum(answers), 1)
-        if share >= ONE_ANSWER:
-            found.append(share)
-    return found
+def one_answer(record):
+    """Whether a run gives nearly one answer alone to the English test."""
+    answers = record.get('answers', {}).get('en')
+    return bool(answers) and max(answers) >= ONE_ANSWER * sum(answers)
 
 
 def method_rows(label, by_eps, plain, langs, seeds):
-    """A row for each eps; under the chosen one the deviation over seeds, the gain over plain, the oracle."""
+    """A row for each eps; under the chosen one the deviation over seeds, the gain over plain, the oracle.
+
+    plain: the records to compare with, none for plain itself. seeds: how many there are in the table.
+    """
     rows = []
     columns, chosen = [*langs, 'avg.'], chosen_eps(by_eps)
     for eps, records in by_eps.items():
@@ -822,19 +801,21 @@ def method_rows(label, by_eps, plain, langs, seeds):
             name += ', chosen'
         if len(records) < seeds:
             name += f', n={len(records)}'
-        if stuck(records):
+        if any(map(one_answer, records)):
             name += ' †'
         rows.append((name, as_cells(columns, scores.mean(0))))
-        if eps == chosen and len(records) > 1:
+        if eps != chosen:
+            continue
+        if len(records) > 1:
             rows.append((f'  sd of {len(records)} seeds', as_cells(columns, scores.std(0))))
-        if eps == chosen and plain and records is not plain:
+        if plain:
             cells = {}
             for column, points, half in zip(columns, *gain(records, plain, langs)):
                 cells[column] = '-' if half.isnan() else f'{points:+.1f} ±{half:.1f}'
             rows.append(('  gain over plain', cells))
-        if eps == chosen and len(by_eps) > 1:
-            best = as_cells(columns, oracle(by_eps, langs))
-            rows += [('  oracle eps', best)] if best else []
+        best = as_cells(columns, oracle(by_eps, langs))
+        if len(by_eps) > 1 and best:
+            rows.append(('  oracle eps', best))
     return rows
 
 
@@ -842,21 +823,21 @@ def method_notes(label, by_eps, plain, langs):
     """What is said of a method under its table: English dev of each eps, each seed's gain, oddities."""
     notes, devs = [], []
     for eps, records in by_eps.items():
-        devs.append(f'{row_name("at", eps)} {mean_dev(records):.1f} (n={len(records)})'.removeprefix('at '))
-        shares = stuck(records)
-        if shares:
-            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * min(shares):.0f}% of the '
-                         f'English items in {len(shares)} of {len(records)} seeds')
+        at = '' if eps is None else f'{eps:g} '
+        devs.append(f'{at}{mean_dev(records):.1f} (n={len(records)})')
+        stuck = len(list(filter(one_answer, records)))
+        if stuck:
+            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * ONE_ANSWER:.0f}% or more of the '
+                         f'English items in {stuck} of {len(records)} seeds')
     notes.insert(0, f'{label}: English dev, mean over seeds: {", ".join(devs)}')
     records = by_eps[chosen_eps(by_eps)]
-    pairs = paired(records, plain or [])
-    if plain and not pairs:
-        notes.append(f'{label}: no seed in common with plain, so no gain')
-    elif plain and records is not plain:
+    pairs = paired(records, plain)
+    if pairs:
         each = ' '.join(f'{points[-1]:+.1f}' for points in seed_gains(pairs, langs))
-        alone = '; from one seed ± covers items only' if len(pairs) == 1 else ''
-        notes.append(f'{label}, each seed: {each}{alone}')
-    changed = [record['changed'] for record in records if record.get('changed') is not None]
+        notes.append(f'{label}, each seed: {each}')
+    elif plain:
+        notes.append(f'{label}: no seed in common with plain, so no gain')
+    changed = [record['changed'] for record in records if record.get('changed')]
     if changed:
         notes.append(f'{label}: its copies changed {100 * sum(changed) / len(changed):.1f}% of the words')
     return notes
@@ -867,14 +848,14 @@ def paper_rows(task, name, langs):
     if name not in PAPER.get(task, {}):
         return []
     printed = dict(zip(TASKS[task].languages, map(float, PAPER[task][name].split())))
-    scores = [printed.get(lang, math.nan) for lang in langs]
-    return [(f'  paper, {name}', as_cells([*langs, 'avg.'], [*scores, sum(scores) / max(len(scores), 1)]))]
+    scores = torch.tensor([printed.get(lang, math.nan) for lang in langs], dtype=torch.double)
+    return [(f'  paper, {name}', as_cells([*langs, 'avg.'], [*scores, scores.mean()]))]
 
 
 def legend(found, missing):
     """The notes that explain the rows of a table, {label: {eps: records}}, and missing languages."""
     notes = []
-    if any(len(by_eps) > 1 for by_eps in found.values()):
+    if max(map(len, found.values()), default=0) > 1:
         notes.append('chosen: by English dev; oracle eps: each language takes the best on its own dev file')
     if 'plain' in found and len(found) > 1:
         notes.append('±: 95%, over the choice of items (paired; three rows of an XNLI premise are one) and, '
@@ -893,16 +874,15 @@ def span(numbers):
 
 def caption(group):
     """The lines above a table: what it is of, and whether all of it was made alike."""
-    first, items = group[0], []
+    items = {}
     for record in group:
-        items += count_items(record).values()
+        items |= count_items(record)
+    first, items = group[0], items.values()
     steps = [record['steps'] for record in group]
-    pairs = [record.get('train_pairs') or 0 for record in group]
-    seeds = sorted({record['args']['seed'] for record in group})
-    model = (first.get('paths') or {}).get('model') or '?'
-    named = ' '.join(map(str, seeds))
-    lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {named}',
-             f'model {Path(model).name}; {span(steps)} steps; {span(pairs)} training pairs; '
+    seeds = ' '.join(map(str, sorted({record['args']['seed'] for record in group})))
+    lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {seeds}',
+             f'model {Path(first["paths"]["model"]).name}; {span(steps)} steps; '
+             f'{span([record["train_pairs"] for record in group])} training pairs; '
              f'{span(items)} test items a language; {first["dtype"].removeprefix("torch.")}']
     if min([*steps, *items]) < TRIAL:
         lines.append(f'A trial, not a result: {span(steps)} steps, {span(items)} items.')
@@ -916,16 +896,13 @@ def caption(group):
 def table_of(group):
     """The Table of records that fit together: Table 1 or 2 of the paper."""
     args, langs = group[0]['args'], languages(group)
-    known, cut = [], {}
-    for lang in langs:
-        cut[lang] = max((record.get('cut') or {}).get(lang) or 0 for record in group)
-        if all(record['test_marks'].get(lang) for record in group):
-            known.append(lang)
-    found = variants(group)
-    plain = found.get('plain', {}).get(None)
+    labelled = accuracies(group, langs).isfinite().all(0)
+    known = [lang for lang, all_labelled in zip(langs, labelled) if all_labelled]
     seeds = len({record['args']['seed'] for record in group})
+    found = variants(group)
     rows, below = paper_rows(args['task'], 'mBERT*', known), []
     for label, by_eps in found.items():
+        plain = [] if label == 'plain' else found.get('plain', {}).get(None, [])
         rows += method_rows(label, by_eps, plain, known, seeds)
         rows += paper_rows(args['task'], label.split()[0], known)
         below += method_notes(label, by_eps, plain, known)
@@ -933,6 +910,9 @@ def table_of(group):
         below.append(f'{record["name"]}: left out; its checkpoint, step {record["step"]}, is of the '
                      f'{record["args"]["plain_steps"]} plain steps that adv began with')
     below += legend(found, [lang for lang in langs if lang not in known])
+    cut = {}
+    for record in group:
+        cut |= record.get('cut', {})
     below += cut_note(cut, args['max_length'])
     return Table(caption(group), [*langs, 'avg.'], rows, below)
 
@@ -942,25 +922,18 @@ def languages(group):
     named = {}
     for record in group:
         named |= record['test_marks']
-    known = [lang for lang in TASKS[group[0]['args']['task']].languages if lang in named]
-    return known + [lang for lang in named if lang not in known]
-
-
-def apart(group, before):
-    """The line that says in what a group differs from an earlier one of its task, or none."""
-    for record in group:
-        for other in before:
-            if record['args']['task'] == other['args']['task'] and differences(record, other):
-                return [f'In no table with {other["name"]}: {", ".join(differences(record, other))}.']
-    return []
+    ordered = dict.fromkeys([*TASKS[group[0]['args']['task']].languages, *named])
+    return [lang for lang in ordered if lang in named]
 
 
 def report(records):
     """Print Tables 1 and 2 from records, a table for each group that belongs together -> list of Table."""
     tables, before = [], []
     for group in groups(records):
-        table = table_of(group)
-        table.above.extend(apart(group, before))
+        table, task = table_of(group), group[0]['args']['task']
+        why = apart(group[0], [other for other in before if other['args']['task'] == task])
+        if why:
+            table.above.append(why)
         print(render(table))
         tables.append(table)
         before += group
@@ -999,6 +972,13 @@ def parse_args(words=None):
     return parser.parse_args(words)
 
 
+def named_by_output(args):
+    """What -o names: the 'picture' of --regions, a foreign classifier's 'predictions', else the 'table'."""
+    if args.regions:
+        return 'picture'
+    return 'predictions' if args.task and not (args.generalized or args.smooth) else 'table'
+
+
 def check(args, records):
     """Raise InputError for what would fail, or mean nothing, after hours of measuring."""
     named = ' '.join(args.runs)
@@ -1008,37 +988,32 @@ def check(args, records):
         if args.smooth and args.eps is None and record['args']['eps'] is None:
             method = record['args']['method']
             raise InputError(f'{name}: {method} has no eps of its own; say --eps with --smooth')
-    if args.output and args.regions:
-        check_picture(args.output)
-    elif args.output and writes_predictions(args):
-        if len(records) > 1:
-            raise InputError(f'-o {args.output}: one folder for predictions of {named}; name one classifier')
-    elif args.output and Path(args.output).suffix != '.json':
-        raise InputError(f'-o {args.output}: expected FILE.json')
-
-
-def writes_predictions(args):
-    """Whether -o names the folder of a foreign classifier's predictions."""
-    return bool(args.task) and not (args.generalized or args.smooth or args.regions)
+    what, output = named_by_output(args), args.output
+    if output and what == 'picture':
+        check_picture(output)
+    if output and what == 'predictions' and len(records) > 1:
+        raise InputError(f'-o {output}: one folder for predictions of {named}; name one classifier')
+    if output and what == 'table' and Path(output).suffix != '.json':
+        raise InputError(f'-o {output}: expected FILE.json')
 
 
 def find_run(name, args):
     """The record of a run whose model is at hand; for a classifier of other making, one like it."""
     path = Path(name)
     if args.task and not (path / 'results.json').exists():
-        trained = {'task': args.task, 'method': path.name, 'eps': None, 'seed': None, 'layer': None,
-                   'max_length': 128, 'max_eval': None}
+        trained = {'task': args.task, 'method': path.name, 'eps': None, 'layer': None, 'max_length': 128,
+                   'max_eval': None}
         return {'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
                 'test_marks': dict.fromkeys(TASKS[args.task].languages)}
     if path.is_file():
         raise InputError(f'{name}: results without their models; to measure anew, name run folders')
-    record = read_records([name])[0]
+    record, = read_records([name])
     if args.task not in (None, record['args']['task']):
         raise InputError(f'{name}: a run of {record["args"]["task"]}, not of {args.task}')
     return record
 
 
-def measure(name, record, args, predictions):
+def measure(name, record, args):
     """What the command line asks for, of one run's model -> (Table, what was found)."""
     trained, data = record['args'], args.data or record['paths']['data']
     model, tokenizer = load(name)
@@ -1050,26 +1025,27 @@ def measure(name, record, args, predictions):
                'max_length': max_length}
     noise = {'layer': trained['layer'] or 0, 'seed': args.seed}
     said = f'layer {noise["layer"]}, seed {args.seed}'
-    columns, notes = [*langs, 'avg.'], []
+    columns, rows, notes = [*langs, 'avg.'], [], []
     if args.generalized:
-        found = generalized(*where, **options)
         what = 'premise in the language of the row, hypothesis in that of the column'
+        found = generalized(*where, **options)
         columns, rows, notes = langs, *generalized_rows(found, langs)
-    elif args.smooth:
-        noise['eps'] = trained['eps'] if args.eps is None else args.eps
-        found = smoothed(*where, passes=args.smooth, **noise, **options)
-        what = f'majority over {args.smooth} passes with uniform noise of eps {noise["eps"]:g}, {said}'
-        rows = [scores_row(name, found, columns)]
     elif args.regions:
-        found = regions(*where, radii=args.radii, steps=args.steps, **noise, **options)
         what = f'against the radius eps, under uniform noise and under PGD of {args.steps} steps, {said}'
+        found = regions(*where, radii=args.radii, steps=args.steps, **noise, **options)
         columns, notes = [f'{radius:g}' for radius in args.radii], [UPPER_BOUND]
-        rows = regions_rows(found, columns)
+        for lang, row in found.items():
+            rows += [(f'{lang} {kind}', as_cells(columns, row[kind])) for kind in ('noise', 'attack')]
     else:
-        found = score(*where, predictions=predictions, **options)
-        for row in found.values():
-            row['items'] = sum(row['answers'])
-        what, rows = 'scored anew', [scores_row(name, found, columns)]
+        what, found = 'scored anew', {}
+        if args.smooth:
+            eps = trained['eps'] if args.eps is None else args.eps
+            what = f'majority over {args.smooth} passes with uniform noise of eps {eps:g}, {said}'
+            found = smoothed(*where, eps=eps, passes=args.smooth, **noise, **options)
+        else:
+            found = score(*where, **options)
+        scored = {'test_marks': {lang: row['marks'] for lang, row in found.items()}}
+        rows = [(Path(name).name, as_cells(columns, averaged(accuracies([scored], langs))[0]))]
     items = span([row['items'] for row in found.values()])
     above = [f'{name}, {trained["task"]}, accuracy in percent: {what}',
              f'test files of {data}, {items} items; languages {" ".join(langs)}; '
@@ -1078,85 +1054,68 @@ def measure(name, record, args, predictions):
     return Table(above, columns, rows, notes), found
 
 
-def scores_row(name, found, columns):
-    """The row of one model: its accuracy in each language, and the average over those with labels."""
-    record = {'test_marks': {lang: row['marks'] for lang, row in found.items()}}
-    return Path(name).name, as_cells(columns, averaged(accuracies([record], found))[0])
-
-
 def generalized_rows(found, langs):
-    """Of `generalized`: two rows for each language of the premise, and the note."""
+    """Of `generalized`: a row for each language of the premise, and the note."""
     rows, others = [], []
     for first in langs:
-        row = [found[f'{first}-{second}'] for second in langs]
-        cells = as_cells(langs, [accuracy(cell['marks']) for cell in row])
-        used = {lang: f'{cell["items"]:,}' for lang, cell in zip(langs, row)}
-        rows += [(first, cells), ('  rows used', used)]
-        others += [float(cell) for second, cell in cells.items() if second != first]
+        scores = {second: accuracy(found[f'{first}-{second}']['marks']) for second in langs}
+        rows.append((first, as_cells(langs, scores.values())))
+        others += [score for second, score in scores.items() if second != first and score is not None]
     mean = sum(others) / max(len(others), 1)
     return rows, [f'mean of {len(others)} pairs of two languages: {mean:.1f}; left out: rows whose two '
                   'labels differ, and those with a placeholder NS']
 
 
-def regions_rows(found, columns):
-    """Of `regions`: two rows a language."""
-    rows = []
-    for lang, row in found.items():
-        for kind in ('noise', 'attack'):
-            rows.append((f'{lang} {kind}', as_cells(columns, row[kind])))
-    return rows
+def picture(args, records, results):
+    """The figure of --regions, from what `regions` found of each run."""
+    curves, task = {}, TASKS[records[0]['args']['task']]
+    for record, found in zip(records, results):
+        curve = row_name(label_of(record, records), record['args']['eps'])
+        curves.setdefault(curve, []).append(found)
+    items = span([row['items'] for row in found.values()])
+    seeds = span([len(runs) for runs in curves.values()])
+    title = (f'{record["args"]["task"]}, mean over {seeds} seed(s), {items} test items a language, '
+             f'PGD of {args.steps} steps')
+    return draw_regions(curves, args.radii, title, 100 / len(task.labels))
 
 
 def measure_all(args):
-    """Measure and print what the command line asks for, run by run; write the picture or the predictions."""
+    """Measure and print what the command line asks for, run by run -> records, tables, what was found."""
     records = [find_run(name, args) for name in args.runs]
     check(args, records)
-    tables, curves = [], {}
-    with tempfile.TemporaryDirectory() as part:     # -o is touched last: what cannot be written is printed
-        predictions = Path(part) / str(args.task) if args.output and writes_predictions(args) else None
-        for name, record in zip(args.runs, records):
-            try:
-                table, found = measure(name, record, args, predictions)
-            except (RuntimeError, MemoryError) as error:
-                if 'memory' not in f'{type(error).__name__} {error}'.lower():
-                    raise
-                raise InputError(f'{name}: out of memory; try a smaller --batch than {args.batch}') from None
-            print(render(table))
-            tables.append(table)
-            curve = row_name(label_of(record, records), record['args']['eps'])
-            curves.setdefault(curve, []).append(found)
-        if predictions:
-            copy(predictions, Path(args.output) / args.task)
-    if args.output and args.regions:
-        task = records[0]['args']['task']
-        items = span([row['items'] for row in found.values()])
-        seeds = span([len(seeds) for seeds in curves.values()])
-        title = f'{task}, mean over {seeds} seed(s), {items} test items a language, PGD of {args.steps} steps'
-        save_picture(draw_regions(curves, args.radii, title, 100 / len(TASKS[task].labels)), args.output)
-    return tables
-
-
-def copy(source, target):
-    """Copy the files of a folder, each whole or not at all."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        with replacing(target / path.name) as part:
-            shutil.copyfile(path, part)
+    tables, results = [], []
+    for name, record in zip(args.runs, records):
+        try:
+            table, found = measure(name, record, args)
+        except RuntimeError as error:
+            if 'memory' not in str(error):
+                raise
+            raise InputError(f'{name}: out of memory; try a smaller --batch than {args.batch}') from None
+        print(render(table))
+        tables.append(table)
+        results.append(found)
+    return records, tables, results
 
 
 def main(args=None):
     """Print the tables of runs, or measure something else of them; write where -o says, and nowhere else."""
     args = args or parse_args()
-    anew = args.langs or args.data or args.max_eval or args.task
+    what, output = named_by_output(args), args.output
+    anew = args.task or args.langs or args.data or args.max_eval
     if anew or args.generalized or args.smooth or args.regions:
-        tables = measure_all(args)
+        records, tables, results = measure_all(args)
     else:
         check(args, [])
         tables = report(read_records(args.runs))
-    if args.output and not args.regions and not writes_predictions(args):
-        with replacing(args.output) as part:
-            content = [table._asdict() for table in tables]
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+    # Last of all: what cannot be written has been printed.
+    if output and what == 'picture':
+        save_picture(picture(args, records, results), output)
+    elif output and what == 'predictions':
+        write_predictions(Path(output) / args.task, 'test', results[0])
+    elif output:
+        content = json.dumps([table._asdict() for table in tables], ensure_ascii=False, indent=1)
+        with replacing(output) as part:
+            part.write_text(content + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -1655,7 +1655,7 @@ def test_every_eps_is_a_row_and_english_dev_chooses():
                           'adv 1 (from the start)']
     assert rows['  oracle eps'] == ['75.0'] * 6 + ['50.0', f'{(6 * 75 + 50) / 7:.1f}']       # x6 prefers 1.0; of equals the first
     assert any('English dev, mean over seeds: 0.01 65.0 (n=2), 1 64.0 (n=2)' in note for note in below)
-    assert any('adv (from the start), each seed: +25.0;' in note for note in below)
+    assert any('adv (from the start), each seed: +25.0' in note for note in below)
     runs[-1]['dev'] = runs[-2]['dev'] = 90.0
     assert 'adv 1 (from the start), chosen' in table_of(*runs)[0]
     del runs[1]['dev_marks']        # an oracle over some of the runs would compare unlike things
@@ -1716,7 +1716,7 @@ def test_one_answer_for_nearly_every_item_is_marked():
     counts = [[98, 2], [50, 50], [96, 4]]
     runs = [record('rs_r', 1.0, seed, '10', extra={'answers': {'en': pair}}) for seed, pair in enumerate(counts)]
     rows, _, below = table_of(*runs)
-    assert list(rows)[0] == 'rs_r 1 †' and '†: rs_r 1: one answer for 96% of the English items in 2 of 3 seeds' in below
+    assert list(rows)[0] == 'rs_r 1 †' and '†: rs_r 1: one answer for 95% or more of the English items in 2 of 3 seeds' in below
     assert not any('†' in name for name in table_of(record('rs_r', 1.0, 1, '10', extra={'answers': {'en': [94, 6]}}))[0])
 
 
@@ -1847,7 +1847,9 @@ def test_generalized_pairs_two_languages_and_leaves_out_rows_that_mean_nothing(t
     assert seen['en-en'] == [('a', 'b', 1), ('c', 'd', 0), ('e', 'f', 0)] and seen['de-de'] == [('A', 'B', 1), ('C', 'D', 1)]
     table = dict(evaluate.generalized_rows(found, ['en', 'de', 'ja'])[0])
     assert table['en'] == {'en': '33.3', 'de': '100.0', 'ja': '50.0'} and 'ja' not in table['ja'] and table['de']['de'] == '100.0'
-    assert evaluate.generalized_rows(found, ['en', 'de', 'ja'])[0][1] == ('  rows used', {'en': '3', 'de': '1', 'ja': '2'})
+    assert [found[f'en-{lang}']['items'] for lang in ('en', 'de', 'ja')] == [3, 1, 2]
+    note, = evaluate.generalized_rows(found, ['en', 'de', 'ja'])[1]
+    assert note.startswith('mean of 6 pairs of two languages: 83.3; left out: ')
     data.write_pairs(data.path_of(tmp_path, 'pawsx', 'test', 'ja'), rows['ja'][:2])
     with pytest.raises(data.InputError, match='pawsx: 2 rows in test-ja.tsv, 3 in test-en.tsv'):
         evaluate.generalized(model, None, 'pawsx', tmp_path, ['en', 'ja'])
@@ -1904,7 +1906,7 @@ def test_nothing_changes_a_run_and_every_figure_says_what_it_is_of(flags, finish
     printed = called(capsys, folder, *flags.split())
     assert contents(folder, tmp_path) == before and called(capsys, folder) == table
     expected = {'--data DIR': 'test files of DIR', '--max-eval 10': ', 10 items', '--langs x1 en': 'languages x1 en', '--smooth 3': '3 passes',
-                '--eps 0.5': 'eps 0.5', '--steps 2': 'PGD of 2 steps', '--regions': 'upper bound', '--generalized': 'rows used'}
+                '--eps 0.5': 'eps 0.5', '--steps 2': 'PGD of 2 steps', '--regions': 'upper bound', '--generalized': 'left out: rows whose two labels differ'}
     for flag, text in expected.items():
         assert flag not in flags or text in printed, (flag, printed)
     if flags:
@@ -2217,6 +2219,8 @@ def test_four_m_steps_and_three_tension_updates(monkeypatch):
     assert calls == {'maximise': 4, 'tension_slope': 24}
     _, low = distance.fit(*distance.shapes_of(crossed))
     assert high > 8 and 0.1 <= low < 2
+    backwards = [(e, f[::-1]) for e, f in straight]
+    assert distance.fit(*distance.shapes_of(backwards))[1] == 0.1      # the bound
 
 
 def test_a_known_dictionary_is_found_whatever_the_order():
@@ -2226,10 +2230,14 @@ def test_a_known_dictionary_is_found_whatever_the_order():
 
 
 def test_words_without_a_counterpart_go_to_the_null_word():
-    rng = random.Random(0)
-    pairs = [(rng.sample('abcdefgh', 3), []) for _ in range(200)]
-    pairs = [(e, [word.upper() for word in e] + ['Z']) for e, _ in pairs]
-    assert all(all(i != 3 for _, i in line) and len(line) == 3 for line in distance.align(pairs))
+    """Six words of 26 and their translations, and a Z that no word explains: most of the time it has no link."""
+    rng, pairs = random.Random(0), []
+    for _ in range(200):
+        source = rng.sample('abcdefghijklmnopqrstuvwxyz', 6)
+        pairs.append((source, [word.upper() + '.' for word in source] + ['Z']))
+    links = distance.best_links(pairs)
+    assert all({(k, k) for k in range(6)} <= line and all(j >= 0 for j, _ in line) for line in links)
+    assert 100 < sum(len(line) == 6 for line in links) < 200
 
 
 def test_both_directions_are_intersected(monkeypatch):
@@ -2294,9 +2302,9 @@ def fast(vocabulary, **special):
 
 
 def test_a_word_is_what_the_tokenizer_takes_as_one():
-    tokenizer = fast(['▁', '▁cat', 's', ',', '▁Dog', '▁ca', 't'])
-    side = distance.words_of(tokenizer, ['cats, Dog', ', ,', '', 'cats'], 'de', 512)
-    assert side.words == [['cats', ',', 'dog'], [',', ','], [], ['cats']] and side.cut == 0
+    tokenizer = fast(['▁', '▁cat', 's', 'S', ',', '▁Dog', '▁Ca', 't'])
+    side = distance.words_of(tokenizer, ['cats, Dog', ', ,', '', 'CatS,s'], 'de', 512)
+    assert side.words == [['cats', ',', 'dog'], [',', ','], [], ['cats', ',', 's']] and side.cut == 0
     assert side.last[0] == [2, 3, 4] and side.last[2] == []         # <s> stands at 0; the last of ▁cat s
     ids = [side.features[1]['input_ids'][at] for at in side.last[1]]
     assert tokenizer.convert_ids_to_tokens(ids) == [',', ',']        # not the lone blank before each
@@ -2531,11 +2539,23 @@ def test_where_nothing_can_be_written_the_figures_are_printed_first(world, tmp_p
     assert '| x1 ' in capsys.readouterr().out
 
 
+def test_a_reader_that_goes_away_does_not_cost_the_results(world, tmp_path, call, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(distance, 'report', gone)
+    with pytest.raises(BrokenPipeError):
+        call('distance --task sample --layer 0 --langs x1 --max-sentences 20', '--data', world, '--out', tmp_path / 'out')
+    assert (tmp_path / 'out/distances.json').exists()
+
+
 def test_every_file_is_read_before_anything_is_measured(world, tmp_path, call, monkeypatch):
     shutil.copytree(world / 'sample', tmp_path / 'sample')
     with open(tmp_path / 'sample/test-x6.tsv', 'a') as file:
         file.write('a row too many\tof two sentences\tparaphrase\n')
+    (tmp_path / 'sample/test-yo.tsv').write_text('NS\t \tparaphrase\n' * 2000)
     monkeypatch.setattr(distance, 'align', None)
+    with pytest.raises(data.InputError, match='test-yo.tsv: empty or NS in every row'):
+        call('distance --task sample --langs x1 yo', '--data', tmp_path)
     with pytest.raises(data.InputError, match='test-x6.tsv: 2001 rows; expected 2000, translations of test-en.tsv'):
         call('distance --task sample', '--data', tmp_path)
 
@@ -2549,8 +2569,8 @@ def test_rank_correlation_by_hand():
     assert distance.rank_correlation([1, 2, 3], [10, 20, 40]) == pytest.approx((1.0, 2 / 6))
     assert distance.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4])[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert distance.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx((-1.0, 2 / 24))
-    # Ties share the mean of their ranks: (1, 2.5, 2.5) against (1, 2, 3).
-    assert distance.rank_correlation([1, 2, 2], [1, 2, 3])[0] == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    # Ties share the mean of their ranks: (1.5, 1.5, 3, 4) against (1, 2, 3, 4).
+    assert distance.rank_correlation([1, 1, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-6)
     x = list(range(12))
     rho, p = distance.rank_correlation(x, [abs(value - 5) for value in x])
     assert 0.3 < p < 1 and abs(rho) < 0.4
@@ -2603,12 +2623,21 @@ def test_figure_2_from_runs(world, tmp_path, call, monkeypatch):
     (figure, path), = drawn
     top, bottom = figure.axes
     assert [bar.get_height() for bar in top.patches][:3] == [1, 4, 6] and path == f'{tmp_path}/f.png'
+    (_, low), (_, high) = top.collections[0].get_segments()[1]     # the whisker of x2
+    assert (high - low) / 2 == pytest.approx(half[0].item())
     assert top.get_title() == 'rs_r 0.1, 2 seeds; rank correlation +1.00, p = 0.33'
     assert bottom.get_title() == 'rs_a, 2 seeds'
     assert all('points' in axes.get_ylabel() for axes in figure.axes)
     assert 'Euclidean, layer 0' in bottom.get_xlabel()
     assert bottom.get_xticklabels()[0].get_text() == 'x1\n0.4'
     assert '95% interval' in figure.get_suptitle() and 'L-inf' in figure.get_suptitle()
+
+
+def test_languages_stand_in_the_order_of_their_distances():
+    found = distance.comparable([record | {'name': ''} for record in [*PLAIN, *ROBUST]], 'sample')
+    langs, (row,) = distance.gains(found, {'x1': 3.0, 'x2': 1.0, 'x3': 2.0, 'x4': 0.5})
+    assert langs == ['x4', 'x2', 'x3', 'x1'] and row.points[1:] == pytest.approx([4, 6, 1])
+    assert math.isnan(row.points[0]) and row.rank[0] == pytest.approx(-0.5) and row.seeds == 2
 
 
 def test_a_picture_is_written(tmp_path):
