@@ -61,8 +61,8 @@ def run_script(main):
         if error.filename is None:
             raise
         sys.exit(f'{error.filename}: {error.strerror}')
-    except KeyboardInterrupt:
-        print('stopped; the same command goes on where it can', file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or 'stopped', file=sys.stderr)
         sys.exit(130)
 
 
@@ -97,6 +97,7 @@ class _Lines(tqdm):
 def progress(iterable=None, *, desc, unit, total=None, initial=0):
     """A tqdm on stderr: a bar on a terminal, gone at its end; in a file a line every 30 seconds, no more."""
     options = {'desc': desc, 'unit': unit, 'total': total, 'initial': initial, 'leave': False}
+    options['disable'] = os.environ.get('RANK', '0') != '0'     # of torchrun's processes the first one speaks
     if sys.stderr.isatty():
         return tqdm(iterable, dynamic_ncols=True, **options)
     layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'

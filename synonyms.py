@@ -268,6 +268,7 @@ def main():
         show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
         return
     words, vectors = read_vectors(args.file)
+    print(f'device: CPU, {torch.get_num_threads()} threads, on which it takes half a minute', file=sys.stderr)
     neighbours = build(words, vectors, args.k, args.bound)
     with_any = sum(map(bool, neighbours.values()))
     print(f'{args.output}: {len(neighbours):,} words, {with_any:,} with neighbours', file=sys.stderr)

@@ -827,8 +827,8 @@ def test_a_script_ends_in_one_line(tmp_path, capsys):
         1, '', f'{vectors}: a file; expected the folder that holds sample/\n')
 
     def stopped():
-        raise KeyboardInterrupt
-    assert ended(capsys, stopped) == (130, '', 'stopped; the same command goes on where it can\n')
+        raise KeyboardInterrupt('run a: stopped; the same command goes on')
+    assert ended(capsys, stopped) == (130, '', 'run a: stopped; the same command goes on\n')
     with pytest.raises(ZeroDivisionError):      # a fault of the program keeps its traceback
         data.run_script(lambda: 1 / 0)
 
