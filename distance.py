@@ -602,7 +602,8 @@ def gain_table(results, langs, rows, records):
     lines.append(('rank correlation', {name: f'{rho:+.2f}' for name, (rho, _) in correlations.items()}))
     lines.append(('p', {name: f'{p:.2g}' for name, (_, p) in correlations.items()}))
     above = ['Accuracy gained over plain in points, ± half its 95% interval', *evaluate.caption(records)]
-    if any(record['files'].get('model') != results['files']['model'] for record in records):
+    measured = results['files']['model']
+    if any(record['files'].get('model', measured) != measured for record in records):
         above.append('The distances are of another encoder than these runs began with.')
     below = [f'{row.name}: {row.seeds} seed{"s" * (row.seeds > 1)}, as plain' for row in rows]
     below.append('rank correlation of gain and distance: Spearman; p: by permutation, two-sided')
@@ -611,7 +612,7 @@ def gain_table(results, langs, rows, records):
 
 def figure_2(results, langs, rows):
     """Draw Figure 2, a panel a method, its bars from near (left) to far (right) -> matplotlib figure."""
-    figure = evaluate.new_figure(max(5, 0.62 * len(langs) + 1.5), 2.1 * len(rows) + 1.4)
+    figure = evaluate.new_figure(max(8, 0.62 * len(langs) + 1.5), 2.1 * len(rows) + 1.4)
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False).flatten()
     places = range(len(langs))
     for number, (row, axes) in enumerate(zip(rows, panels)):

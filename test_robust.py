@@ -3,6 +3,7 @@
 In the order of the rooms: robust, synonyms, data, train, evaluate, distance; then what a user does wrong.
 """
 
+import importlib.util
 import io
 import itertools
 import json
@@ -2668,6 +2669,67 @@ def test_a_picture_that_cannot_be_is_refused_before_anything_is_measured(path, m
     runs = jsonl(tmp_path / 'runs.jsonl', *PLAIN, *ROBUST)
     with pytest.raises(data.InputError, match=message):
         call('distance --task sample --runs', runs, '-o', tmp_path / path)
+
+
+# ---------------------------------------------------------------- results/speed.py
+
+@pytest.fixture(scope='session')
+def speed():
+    """results/speed.py as a module."""
+    spec = importlib.util.spec_from_file_location('speed', HERE / 'results/speed.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_work_of_a_step_by_hand(world, speed):
+    """Of a BERT of 2 layers of 64, on batches that all have T tokens."""
+    model, tokenizer = evaluate.load_encoder(str(world / 'sample/model'), 'sample')
+    pairs = data.read_pairs(world / 'sample/train-en.tsv', 'sample')[:20]
+    tokens, = {len(tokenizer(pair.premise, pair.hypothesis)['input_ids']) for pair in pairs}
+    wide = model.config.hidden_size
+    # Q, K, V, output, the feed-forward two of 4; scores, mean.
+    layer = 2 * tokens * 12 * wide ** 2 + 2 * 2 * tokens ** 2 * wide
+    size = sum(weight.numel() for weight in model.parameters())
+    work = 2 * layer + 2 * wide ** 2 + 2 * wide * 2
+    assert speed.work_of(model, tokenizer, pairs, arguments(batch=8)) == (work, 32 * size)
+    words = model.get_input_embeddings().weight.requires_grad_(False)
+    assert speed.work_of(model, tokenizer, pairs, arguments(batch=8))[1] == 32 * (size - words.numel())
+
+
+def test_the_rates_of_a_machine_that_takes_a_second_for_each_piece_of_work(speed, monkeypatch):
+    class Timer:
+        def __init__(self, work, globals, num_threads):
+            exec(work, globals)
+            self.moved = '@' in work or torch.equal(globals['c'], globals['d'])
+
+        def blocked_autorange(self, min_run_time):
+            return types.SimpleNamespace(median=1.0 if self.moved else math.nan)
+    monkeypatch.setattr(speed, 'Timer', Timer)
+    # A read and a write a number.
+    assert speed.rates_of(torch.device('cpu'), torch.float32) == [2 * 2048 ** 3, 2 * 4 * 2 ** 26]
+
+
+def test_each_method_is_set_beside_its_baselines(small, speed, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, 'rates_of', lambda device, dtype: (1e9, 2e9))
+    monkeypatch.setattr(speed, 'ROUNDS', 1)
+    monkeypatch.setattr(sys, 'argv', ['speed.py', '--task', 'sample', '--data', str(small), '--method', 'plain', 'rs_a'])
+    speed.main()
+    floor, *rows = capsys.readouterr().out.splitlines()
+    work, moved = map(float, re.fullmatch(r'floor: 3 x (\S+) GFLOP a pair at 1 GFLOP/s, (\S+) GB a step at 2 GB/s', floor).groups())
+    table = {row[:20].strip(): row[20:] for row in rows}
+    rate = {name: float(row.split()[0]) for name, row in table.items()}
+    assert set(table) == {'training, XTREME', 'evaluation, XTREME', 'evaluation', 'training, plain', 'training, rs_a'}
+
+    def holds(name, pattern, expected, tolerance):
+        assert float(re.search(pattern, table[name])[1]) == pytest.approx(expected, rel=tolerance)
+    for name in table:
+        holds(name, r'pairs/s, +(\S+) times XTREME', rate[name] / rate[name.split(',')[0] + ', XTREME'], 0.02)
+    holds('training, rs_a', r'(\S+) times the step of plain', rate['training, plain'] / rate['training, rs_a'], 0.02)
+    holds('training, plain', r'of the floor \((\d+)\)', 1 / (3 * work + moved / 64 / 2), 0.02)
+    holds('evaluation', r'of the floor \((\d+)\)', 1 / work, 0.02)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- the claim of the paper, in the sample world
