@@ -688,8 +688,6 @@ def main(args=None):
         return
     if args.output:         # found out now, not after the measuring
         evaluate.check_picture(args.output)
-        if not Path(args.output).parent.is_dir():
-            raise InputError(f'{args.output}: no such folder; make it first')
     records = evaluate.read_records(args.runs or [])
     found = comparable(records, args.task) if records else None
     results, aligned = distances(args, languages(args))

@@ -452,6 +452,8 @@ def check_picture(path):
     """Raise InputError where no picture can be made: to be asked before anything is measured for it."""
     if Path(path).suffix not in ('.png', '.svg'):
         raise InputError(f'{path}: not the name of a picture; expected FILE.png or FILE.svg')
+    if not Path(path).parent.is_dir():
+        raise InputError(f'{path}: no such folder; make it first')
     new_figure(1, 1)
 
 

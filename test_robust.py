@@ -1464,6 +1464,18 @@ def test_weights_or_a_tokenizer_that_are_not_there_are_refused(world, tmp_path):
     assert not list(weights.parameters())
 
 
+def test_the_fingerprint_is_of_all_that_was_pre_trained_and_of_nothing_random(model, tokenizer):
+    before = evaluate.fingerprint(model, tokenizer)
+    for name, weight in model.named_parameters():
+        random = 'pooler' in name or not name.startswith(model.base_model_prefix)
+        old = weight.detach().clone()
+        weight.data.view(-1)[0] += 1
+        assert (evaluate.fingerprint(model, tokenizer) == before) == random, name
+        weight.data.copy_(old)
+    tokenizer.add_tokens(['word'])
+    assert evaluate.fingerprint(model, tokenizer) != before
+
+
 def test_half_precision_weights_are_trained_in_float32(world, tmp_path, run):
     folder = tmp_path / 'half'
     shutil.copytree(world / 'sample/model', folder)
@@ -2005,13 +2017,13 @@ def test_minus_o_writes_what_it_names_and_nothing_else(finished, tmp_path, capsy
     assert table['rows'][0][0] == 'rs_r 0.1' and table['rows'][0][1]['x1'] == cells_of(printed, 'rs_r 0.1')[1]
     called(capsys, folder, '--smooth', '2', '--max-eval', '5', '-o', tmp_path / 'smooth.json')
     assert 'majority over 2 passes' in json.loads((tmp_path / 'smooth.json').read_text())[0]['above'][0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['smooth.json', 'table.json']
+    pytest.importorskip('matplotlib')
     called(capsys, folder, '--regions', '--radii', '0', '1', '--max-eval', '4', '--langs', 'en', '-o', tmp_path / 'a.svg')
-    picture = (tmp_path / 'a.svg').read_text()
-    assert '4 test items' in picture or '<svg' in picture
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.svg', 'smooth.json', 'table.json']
+    assert '<svg' in (tmp_path / 'a.svg').read_text()
 
 
-@pytest.mark.parametrize('flags', ['--max-eval 4 -o {}/t.json', '-o {}/t.json', '--regions --radii 0 --max-eval 4 --langs en -o {}/p.png',
+@pytest.mark.parametrize('flags', ['--max-eval 4 -o {}/t.json', '-o {}/t.json',
                                    '--task sample --max-eval 4 --langs en -o {}'])
 def test_what_cannot_be_written_is_printed_first(flags, finished, small, tmp_path, capsys, monkeypatch):
     folder = finished('rs_r')
@@ -2847,6 +2859,7 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     ('evaluate run --langs de', [], 'test-de.tsv'),
     ('evaluate run --data nowhere', [], 'nowhere/sample/test-en.tsv: No such file'),
     ('evaluate run --regions -o p.txt', [], 'p.txt: not the name of a picture'),
+    ('evaluate run --regions -o no/p.png', [], 'no/p.png: no such folder'),
     ('evaluate D/sample/model --task xnli --data D', [], 'weights are missing'),
     ('evaluate s.json --task sample', [('s.json', None, b'')], 's.json: cannot be loaded'),
     ('evaluate run --data D', [('run/config.json', b'"1": "paraphrase"', b'"1": "other"')], 'its labels are different, other; sample has'),
