@@ -66,15 +66,15 @@ def run_script(main):
         sys.exit(130)
 
 
-def in_range(kind, low, below=math.inf):
-    """An argparse type: an int or a float, low <= value < below."""
+def in_range(kind, low, below=math.inf, said=None):
+    """An argparse type: an int or a float, low <= value < below; `said` of it in words."""
     def parse(text):
         """The value, or the ValueError or ArgumentTypeError that argparse turns into its one line."""
         value = kind(text)
         if low <= value < below:
             return value
         limit = '' if below == math.inf else f' and below {below:g}'
-        raise argparse.ArgumentTypeError(f'{text}: expected {low} or above{limit}')
+        raise argparse.ArgumentTypeError(f'{text}: expected ' + (said or f'{low} or above{limit}'))
     parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
     return parse
 

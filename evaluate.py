@@ -174,7 +174,10 @@ def first_line(error):
 
 
 def fingerprint(model, tokenizer):
-    """16 hex digits of what was pre-trained: the vocabulary, the encoder's weights but for its pooler."""
+    """16 hex digits of what was pre-trained: the vocabulary and the encoder's weights.
+
+    Without its pooler, which is random where a checkpoint has none, and without its config.
+    """
     found = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for name, weight in sorted(model.base_model.named_parameters()):
         if 'pooler' not in name:
@@ -829,7 +832,7 @@ def method_notes(label, by_eps, plain, langs):
         devs.append(f'{at}{mean_dev(records):.1f} (n={len(records)})')
         stuck = len(list(filter(one_answer, records)))
         if stuck:
-            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * ONE_ANSWER:.0f}% or more of the '
+            notes.append(f'†: {row_name(label, eps)}: one answer for {100 * ONE_ANSWER:.0f}% or more of '
                          f'English items in {stuck} of {len(records)} seeds')
     notes.insert(0, f'{label}: English dev, mean over seeds: {", ".join(devs)}')
     records = by_eps[chosen_eps(by_eps)]

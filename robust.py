@@ -6,7 +6,7 @@ Each takes a model and a batch and returns the loss to call `backward()` on:
     f(Enc(x))                                    `model(**batch)`, a Hugging Face sequence classifier
     L(f(Enc(x)), y)                              `plain`   (3.1, the normal training)
     max over |delta_i| <= eps of L(., y)         `adv`     (3.1, adversarial training)
-    E over delta of L(g(Enc(x) + delta), y)      `rs_r`    (3.2, random perturbation)
+    P_delta(L(g(Enc(x) + delta), y))             `rs_r`    (3.2, random perturbation; the mean over delta)
     x' = x with words replaced by synonyms       `rs_a`    (3.2, data augmentation)
     f(Enc(x) + delta), Eq. 1                     `with perturbed(model, delta, layer): model(**batch)`
 

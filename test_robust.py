@@ -1175,19 +1175,28 @@ def process(tmp_path):
     return process
 
 
-@pytest.mark.parametrize('method', ['rs_r --eps 0.1', 'adv --eps 0.01 --plain-steps 15', 'rs_a'])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, small, dropping, tmp_path, process, call):
+@pytest.fixture
+def one_thread():
+    """As the processes have: another number of threads sums in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('method, kills', [('rs_r --eps 0.1', [('between', 20), ('after', 30)]),
+                                           ('adv --eps 0.01 --plain-steps 15', [('after', 30)]), ('rs_a', [('between', 30)])])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, kills, small, dropping, tmp_path, process, call,
+                                                                          one_thread):
     flags = f'--task sample --method {method} --data {small} --model {dropping} --max-steps 60 --eval-steps 10 --lr 3e-3'
     flags += ' --no-freeze-embeddings --batch 16 --langs en x1'
     call(f'train {flags}', '--out', tmp_path / 'whole')
-    threads = torch.get_num_threads()
-    for where, at in (('between', 20), ('after', 30), ('after', 50)):
+    for where, at in kills:
         ended = process(KILLED, where, at, *flags.split(), '--out', tmp_path / 'killed')
         assert ended.returncode == -9, ended.stderr
-    torch.set_num_threads(1)
     shutil.move(tmp_path / 'killed', tmp_path / 'moved')        # resumed where it was moved to
-    assert 'goes on after step 50' in call(f'train {flags}', '--out', f'{tmp_path}/moved/').err
-    torch.set_num_threads(threads)
+    step = at if where == 'after' else at - 10
+    assert f'goes on after step {step}' in call(f'train {flags}', '--out', f'{tmp_path}/moved/').err
     whole, killed = record_of(tmp_path / 'whole'), record_of(tmp_path / 'moved')
     assert whole['history'] == killed['history'] and whole['test_marks'] == killed['test_marks']
     assert len({h['dev'] for h in whole['history']}) > 1
@@ -1207,7 +1216,7 @@ def stopped(tmp_path, call, flags, monkeypatch):
     monkeypatch.setattr(train, 'STATE_SECONDS', -1)
     with monkeypatch.context() as patch:
         patch.setattr(train, 'save_state', interrupted)
-        with pytest.raises(KeyboardInterrupt, match='stopped; the same command goes on from the last dev evaluation'):
+        with pytest.raises(KeyboardInterrupt, match='stopped; the same command goes on from its last saved state'):
             call(f'train {flags}', '--out', tmp_path / 'a')
 
 
@@ -1234,6 +1243,9 @@ def test_a_stopped_run_goes_on_only_as_the_same_run(small, tmp_path, call, monke
     (tmp_path / 'a/args.json').write_text(json.dumps(held | {'source': 'another'}))
     said = call(f'train {flags}', '--out', tmp_path / 'a').err
     assert 'goes on after step 4' in said and 'a: began with other source: another, now' in said
+    record = record_of(tmp_path / 'a')
+    assert record['source'] == 'another' and record['resumed_with']['source'] == train.beginning_of(
+        types.SimpleNamespace(**dict.fromkeys([*train.DECIDE, *train.PATHS])), {}, None)['source']
 
 
 # As `python train.py FLAGS`; the first process keeps the gradients of each step, and each tells whether it writes.
@@ -1729,7 +1741,7 @@ def test_one_answer_for_nearly_every_item_is_marked():
     counts = [[98, 2], [50, 50], [96, 4]]
     runs = [record('rs_r', 1.0, seed, '10', extra={'answers': {'en': pair}}) for seed, pair in enumerate(counts)]
     rows, _, below = table_of(*runs)
-    assert list(rows)[0] == 'rs_r 1 †' and '†: rs_r 1: one answer for 95% or more of the English items in 2 of 3 seeds' in below
+    assert list(rows)[0] == 'rs_r 1 †' and '†: rs_r 1: one answer for 95% or more of English items in 2 of 3 seeds' in below
     assert not any('†' in name for name in table_of(record('rs_r', 1.0, 1, '10', extra={'answers': {'en': [94, 6]}}))[0])
 
 
@@ -2799,8 +2811,8 @@ def change(path, old, new):
 
 FLAGS = {       # of train.py -> what argparse says of it
     'adv --eps -1': 'expected 0 or above|expected at least one', 'adv --eps nan': 'nan: expected 0', 'adv --eps x': 'invalid float',
-    'plain --batch 0': 'expected 1', 'plain --batch 1.5': 'invalid int', 'rs_a --p 1.1': 'below 1', 'rs_a --m 0': 'expected 1',
-    'rs_a --replace both': 'invalid choice', 'plain --lr 0': 'or above', 'plain --lr inf': 'or above', 'plain --epochs 0': 'or above',
+    'plain --batch 0': 'expected 1', 'plain --batch 1.5': 'invalid int', 'rs_a --p 1.1': 'expected 0 to 1', 'rs_a --m 0': 'expected 1',
+    'rs_a --replace both': 'invalid choice', 'plain --lr 0': 'more than 0', 'plain --lr inf': 'more than 0', 'plain --epochs 0': 'more than 0',
     'plain --warmup 1': 'below 1', 'plain --seed -1': 'expected', 'plain --max-length 7': 'expected 8', 'adv --adv-steps 0': 'expected 1',
     'plain --eval-steps 0': 'expected 1', 'plain --task mnli': 'invalid choice', 'plain --plain-steps -1': 'expected'}
 GONE = [('train', '--benchmark'), ('train', '--adv-step-size'), ('evaluate', '--markdown'), ('evaluate', '--split'),
@@ -2824,6 +2836,7 @@ def test_flags_that_are_gone(script, flag, capsys):
 
 TRAIN = 'train --task sample --data D --max-steps 1 --out new --method '
 BAD = [     # the command, what is broken before it (file, old, new), what its one line says
+    (TRAIN + 'rs_r --eps 0.1 0.10000001', [], 'new/sample-rs_r-0.1-seed42: the folder of two runs'),
     (TRAIN + 'rs_r --layer 3', [], 'layer 3: the encoder has layers 1 to 2'),
     (TRAIN + 'plain --model nowhere', [], 'nowhere: cannot be loaded.*expected the name of a model, or a folder'),
     (TRAIN + 'plain --model run', [('run/model.safetensors', None, b'half')], 'run: cannot be loaded'),

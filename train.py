@@ -66,6 +66,7 @@ DECIDE = ('task', 'method', 'seed', 'eps', 'layer', 'adv_steps', 'plain_steps', 
           'english_only', 'epochs', 'lr', 'warmup', 'batch', 'max_length', 'eval_steps', 'max_steps',
           'max_train', 'max_eval', 'freeze_embeddings')
 PATHS = ('model', 'data', 'synonyms', 'out')
+MADE_BY = ('versions', 'source', 'device')      # decides nothing, but is said where it changes
 
 POOL = 64               # batches that are sorted by length together (ours)
 LOOK = 100              # steps between two looks at the loss: each waits for the GPU (ours)
@@ -80,7 +81,8 @@ def parse_args(words=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n')[0],
         usage='%(prog)s --task TASK --method METHOD [METHOD ...] [options]      (all of them: --help)')
-    whole, positive, count = in_range(int, 0), in_range(float, sys.float_info.min), in_range(int, 1)
+    whole, count = in_range(int, 0), in_range(int, 1)
+    positive = in_range(float, sys.float_info.min, said='more than 0')
 
     def by_task(add, name, text, **options):
         """A flag whose default depends on the task; None where it is not given."""
@@ -92,12 +94,14 @@ def parse_args(words=None):
     add = parser.add_argument_group('what to run').add_argument
     add('--task', choices=TASKS, required=True, help='sample: a small made-up world that needs no download')
     add('--method', choices=robust.METHODS, required=True, nargs='+',
-        help='one run for each method, eps and seed')
+        help='plain training; adv: adversarial training (3.1); rs_r: random perturbation, rs_a: synonyms '
+        '(3.2); one run for each method, eps and seed')
     add('--eps', type=in_range(float, 0), nargs='+',
         help='adv, rs_r: radius of the L-inf ball (default: adv 0.001, rs_r 0.1; paper: 0.001 0.01 0.1 1.0)')
-    add('--seed', type=in_range(int, 0, 2 ** 63), nargs='+', default=[42],
+    add('--seed', type=in_range(int, 0, 2 ** 63, said='0 to 2^63 - 1'), nargs='+', default=[42],
         help='of every random draw (default: 42)')
-    add('--model', help=f'any Hugging Face encoder, a name or a folder (default: {evaluate.MBERT})')
+    add('--model', help=f'any Hugging Face encoder, a name or a folder (default: {evaluate.MBERT}; '
+        'sample: its own)')
     add('--dry-run', action='store_true', help='look at all that the runs will read, list them, and stop')
 
     add = parser.add_argument_group('the method').add_argument
@@ -106,7 +110,7 @@ def parse_args(words=None):
     add('--adv-steps', type=count, default=1, help='adv: sign steps of the inner maximisation (default: 1)')
     by_task(add, 'plain_steps', 'adv: begin with N steps of plain training', type=whole, metavar='N')
     add('--m', type=count, default=10, help='rs_a: augmented copies of each pair (default: 10, the paper\'s)')
-    add('--p', type=in_range(float, 0, 1 + 1e-9), default=0.1,
+    add('--p', type=in_range(float, 0, 1 + 1e-9, said='0 to 1'), default=0.1,
         help='rs_a: probability that a word is replaced (default: 0.1, the paper\'s)')
     add('--replace', choices=('paper', 'authors'), default='paper',
         help='rs_a: each word with probability p; or every word, uniform over itself and its synonyms '
@@ -134,7 +138,7 @@ def parse_args(words=None):
     add('--max-train', type=count, metavar='N', help='train on the first N pairs only')
     add('--max-eval', type=count, metavar='N', help='score the first N pairs of each dev and test file only')
     add('--out',
-        help='run folder; of several runs the folder above them (default: runs/TASK-METHOD-EPS-SEED)')
+        help='run folder; of several runs the folder above them (default: runs/TASK-METHOD-EPS-seedSEED)')
     return parser.parse_args(words)
 
 
@@ -150,6 +154,10 @@ def runs_of(args):
         if not args.out or len(runs) > 1:
             size = '' if run.eps is None else f'-{run.eps:g}'
             run.out = f'{args.out or "runs"}/{run.task}-{run.method}{size}-seed{run.seed}'
+    folders = [run.out for run in runs]
+    for out in folders:
+        if folders.count(out) > 1:
+            raise InputError(f'{out}: the folder of two runs; expected --eps that differ in six digits')
     return runs
 
 
@@ -162,6 +170,7 @@ def run_of(args, method, eps, seed):
             setattr(run, name, dict(zip(TASKS, by_task))[run.task])
     if args.epochs is None and method == 'rs_a':
         run.epochs = run.epochs_rs_a
+    del run.epochs_rs_a
     run.model = run.model or evaluate.default_model(run.task, run.data)
     if method != 'rs_a':
         run.synonyms = None
@@ -245,7 +254,7 @@ def shares_of(batches, rank, world):
     for batch in batches:
         part = batch[rank::world]
         weights.append(len(part) * world / len(batch))
-        shares.append(part or batch[:1])
+        shares.append(part or batch[:1])        # a process without rows runs all the same, with weight 0
     return shares, weights
 
 
@@ -319,8 +328,8 @@ def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title='traini
                 state['best_dev'], state['best_step'] = accuracy, step
                 # Before the state: a run killed between the two makes the same checkpoint again.
                 save_checkpoint(model, tokenizer, args.out)
-            if best or step == steps or state['seconds'] - state['saved'] > STATE_SECONDS:
-                state['saved'] = state['seconds']
+            if best or step == steps or state['seconds'] - state['saved_at'] > STATE_SECONDS:
+                state['saved_at'] = state['seconds']
                 save_state(model, optimizer, state, args)
         started = time.perf_counter()
     bar.close()
@@ -400,7 +409,7 @@ def load_state(model, optimizer, args):
     """How far a stopped run is, its weights and moments put back; of a new run the beginning."""
     path = Path(args.out) / 'state.pt'
     if not path.exists():
-        return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0, 'saved': 0.0}
+        return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0, 'saved_at': 0.0}
     try:
         state = torch.load(path, map_location=model.device, weights_only=True)
         weights = dict(model.named_parameters())
@@ -445,7 +454,7 @@ def status_of(out, beginning):
             refuse_other(out, held, beginning, ('dtype', 'processes'))
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f'{folder / "args.json"}: not what train.py wrote; {another}') from None
-        for name in ('versions', 'source', 'device'):
+        for name in MADE_BY:
             if held.get(name) != beginning[name]:
                 evaluate.say(f'{out}: began with other {name}: {held.get(name)}, now {beginning[name]}')
         return 'to be resumed'
@@ -517,7 +526,7 @@ def read_inputs(args, runs, device, dtype):
             copies[run.out] = copies_of(run, pairs, fetch=not args.synonyms and args.task != 'sample')
         if run.method == 'adv' and run.plain_steps >= steps:
             raise InputError(f'--plain-steps {run.plain_steps}: the run has {steps} steps, so that adv would '
-                             'never begin; expected fewer')
+                             f'never begin; expected --plain-steps below {steps}')
     return Inputs(pairs, dev, langs, files, copies, device, dtype)
 
 
@@ -545,12 +554,18 @@ def train_and_score(args, beginning, inputs, title):
     began = time.perf_counter()
     out, pairs = Path(args.out), inputs.copies.get(args.out, inputs.pairs)
     torch.manual_seed(args.seed)
+    if inputs.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
     model, tokenizer = evaluate.load_encoder(args.model, args.task, args.freeze_embeddings, args.layer or 0)
     if rank_and_world()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob('*.part*'):        # by a process that was killed as it wrote
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        write_json(out / 'args.json', beginning)
+        if (out / 'state.pt').exists():         # what began the run stays, what goes on with it is added
+            began_with = json.loads((out / 'args.json').read_text(encoding='utf-8'))
+            beginning = began_with | {'resumed_with': {name: beginning[name] for name in MADE_BY}}
+        else:
+            write_json(out / 'args.json', beginning)
     model.to(inputs.device)
     record = beginning | train(model, tokenizer, pairs, inputs.dev, args, inputs.dtype, title)
     if rank_and_world()[0] > 0:
@@ -574,7 +589,7 @@ def train_and_score(args, beginning, inputs, title):
     for note in evaluate.cut_note(record['cut'], max_length):
         evaluate.say(note)
     record['peak_memory_gib'] = peak_memory(inputs.device)
-    record['wall_seconds'] = time.perf_counter() - began
+    record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
     scores = [score for score in record['test'].values() if score is not None]
@@ -605,8 +620,9 @@ def main():
     args = parse_args()
     runs = runs_of(args)
     start_processes()
-    # Above layer 0 bfloat16 would round the noise.
-    inputs = read_inputs(args, runs, *evaluate.choose_device(runs[0].float32 or args.layer != 0))
+    # Above layer 0 no LayerNorm comes first: the noise would be rounded to bfloat16 as it enters a product.
+    float32 = runs[0].float32 or any(run.layer for run in runs)
+    inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
     beginnings, states = {}, {}
     for run in runs:
         files = inputs.files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
@@ -615,7 +631,7 @@ def main():
         evaluate.say(f'{run.out}: {states[run.out]}')
     if args.dry_run:
         return
-    again = 'the same command goes on from the last dev evaluation'
+    again = 'the same command goes on from its last saved state'
     for number, run in enumerate(runs, 1):
         if states[run.out] == 'finished':
             continue
