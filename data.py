@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import http.client
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ import sys
 import tarfile
 import time
 import zipfile
-import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -94,14 +93,16 @@ class _Lines(tqdm):
         """Nothing to wipe away."""
 
 
-def progress(iterable=None, *, desc, unit, total=None, initial=0):
-    """A tqdm on stderr: a bar on a terminal, gone at its end; in a file a line every 30 seconds, no more."""
-    options = {'desc': desc, 'unit': unit, 'total': total, 'initial': initial, 'leave': False}
+def progress(iterable=None, **options):
+    """A tqdm on stderr: a bar on a terminal, gone at its end; in a file a line every 30 seconds, no more.
+
+    options: those of tqdm (desc, unit, total, initial).
+    """
     options['disable'] = os.environ.get('RANK', '0') != '0'     # of torchrun's processes the first one speaks
     if sys.stderr.isatty():
-        return tqdm(iterable, dynamic_ncols=True, **options)
+        return tqdm(iterable, leave=False, dynamic_ncols=True, **options)
     layout = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
-    return _Lines(iterable, delay=30, bar_format=layout, **options)
+    return _Lines(iterable, leave=False, delay=30, bar_format=layout, **options)
 
 
 def digest(path):
@@ -130,11 +131,9 @@ def replacing(path):
 
 
 def share(folder):
-    """Give a checkpoint's weights the permissions that the umask says: safetensors writes them 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
+    """Give a checkpoint's weights the permissions of its other files: safetensors writes them 0600."""
     for path in Path(folder).glob('*.safetensors'):
-        path.chmod(0o666 & ~umask)
+        shutil.copymode(path.with_name('config.json'), path)
 
 
 # ---------------------------------------------------------------- tasks
@@ -171,9 +170,9 @@ def languages_of(data, task, langs=None):
     langs None: the task's own. Else any codes for which DATA/TASK holds test-CODE.tsv; InputError names
     the file that is not there.
     """
-    languages = TASKS[task].languages
+    languages = list(TASKS[task].languages)
     if langs is None:
-        return list(languages)
+        return languages
     for lang in langs:
         path = path_of(data, task, 'test', lang)
         if not path.exists():
@@ -198,13 +197,14 @@ def read_lines(path, expected):
     content = content.removeprefix(b'\xef\xbb\xbf').rstrip(b'\r\n')
     if not content:
         raise InputError(f'{path}: empty; expected {expected}')
-    try:
-        text = content.decode('utf-8')
-    except UnicodeDecodeError as error:
-        before = content[:error.start].split(b'\n')
-        place = f'{path}:{len(before)}: byte {len(before[-1]) + 1} of the line'
-        raise InputError(f'{place} is not UTF-8; expected {expected}') from None
-    return [line.removesuffix('\r') for line in text.split('\n')]
+    lines = []
+    for number, line in enumerate(content.split(b'\n'), 1):
+        try:
+            lines.append(line.removesuffix(b'\r').decode('utf-8'))
+        except UnicodeDecodeError as error:
+            place = f'{path}:{number}: byte {error.start + 1} of the line'
+            raise InputError(f'{place} is not UTF-8; expected {expected}') from None
+    return lines
 
 
 def split_words(text):
@@ -219,32 +219,25 @@ def read_pairs(path, task):
     """
     labels = TASKS[task].labels
     ids = {name: number for number, name in enumerate(labels)}
+    ids[None] = None        # where the file has no labels
     if task == 'xnli':
         ids['contradictory'] = ids['contradiction']     # as XNLI's machine-translated files spell it
-    fetch = f"`python data.py {task}` fetches the task's files"
-    lines = read_lines(path, f'premise TAB hypothesis TAB label, a pair a line; {fetch}')
-    columns = _columns(lines[0].split('\t'), path, task)
+    expected = ('premise TAB hypothesis TAB label, a pair a line, no header; '
+                f'`python data.py {task}` fetches such files or makes them from the raw release')
+    lines = read_lines(path, expected)
+    columns = len(lines[0].split('\t'))
+    if columns not in (2, 3):
+        raise InputError(f'{path}:1: {columns} columns; expected {expected}')
     pairs = []
     for number, line in enumerate(lines, 1):
         cells = line.split('\t')
         if len(cells) != columns:
             raise InputError(f'{path}:{number}: {len(cells)} columns; expected {columns}, as in line 1')
-        if columns == 3 and cells[2] not in ids:
-            raise InputError(f'{path}:{number}: label {cells[2]!r}; expected one of {", ".join(labels)}')
-        label = ids[cells[2]] if columns == 3 else None
-        pairs.append(Pair(_unquote(cells[0]), _unquote(cells[1]), label))
+        premise, hypothesis, label = cells if columns == 3 else [*cells, None]
+        if label not in ids:
+            raise InputError(f'{path}:{number}: label {label!r}; expected one of {", ".join(labels)}')
+        pairs.append(Pair(_unquote(premise), _unquote(hypothesis), ids[label]))
     return pairs
-
-
-def _columns(cells, path, task):
-    """How many columns a file has, by its first line."""
-    header = {'sentence1', 'gold_label', 'premise', 'hypo'}
-    if header & {cell.lower() for cell in cells}:
-        raise InputError(f"{path}:1: a header, as in the raw release; to convert that, give its archive: "
-                         f'`python data.py {task} ARCHIVE`')
-    if len(cells) not in (2, 3):
-        raise InputError(f'{path}:1: {len(cells)} columns; expected 2 or 3 (premise, hypothesis, label)')
-    return len(cells)
 
 
 def _unquote(cell):
@@ -333,7 +326,6 @@ RELEASES = {
     'XNLI-MT-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip',
                                {'train': 392702}, read_xnli_train),
 }
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, ValueError)
 NEIGHBOURS = 'synonyms/counterfitted_neighbors.json'        # under DATA
 NEIGHBOURS_URL = 'https://raw.githubusercontent.com/uclanlp/Robust-XLT/master/counterfitted_neighbors.json'
 NEIGHBOURS_SHA256 = '103247143f39bd5dd66850f3a912393392641dbd98093c61e2b24a4cc8a96fb0'
@@ -349,51 +341,46 @@ def prepare(data, task, archives=(), complete=False, langs=None):
     """
     if Path(data).is_file():
         raise InputError(f'{data}: a file; expected the folder that holds {task}/')
-    by_name = _by_name(archives, task)
+    archives = _archives(task, archives)
     folder = Path(data) / task
-    missing = _missing(data, task, complete, langs)
+    missing = _missing(folder, task, complete, langs)
     if not missing:
         return
-    with _alone(folder, missing[0]) as part:
-        missing = _missing(data, task, complete, langs)     # another process may have prepared it meanwhile
-        if not missing:
-            return
-        if any(folder.glob('*.tsv')) and not complete:
-            raise InputError(f'{missing[0]}: no such file, and nothing is fetched where others are; name the '
-                             f'languages there (langs) or complete it: `python data.py {task} --data {data}`')
-        if not complete:
-            missing = _missing(data, task, True, None)      # the whole task: it comes in the same archives
-        _fill(folder, part, task, missing, by_name, complete)
+    with _alone(folder, folder / missing[0]) as part:
+        missing = _missing(folder, task, complete, langs)   # another process may have prepared it meanwhile
+        if missing and not complete and any(folder.glob('*.tsv')):
+            absent = f'{folder / missing[0]}: no such file, and nothing is fetched where others are'
+            raise InputError(f'{absent}; name the languages there (langs) or complete it: '
+                             f'`python data.py {task} --data {data}`')
+        if missing:
+            _fill(folder, part, archives, complete)
 
 
-def _by_name(archives, task):
-    """Archives fetched by hand, by file name. Raises InputError if one is not the task's, or not there."""
-    names = [name for name, release in RELEASES.items() if release.task == task]
-    by_name = {Path(archive).name: archive for archive in archives}
-    for name, archive in by_name.items():
-        if name not in names:
-            raise InputError(f'{archive}: not an archive of {task}; expected {" or ".join(names) or "none"}')
-        if not Path(archive).is_file():
-            raise InputError(f'{archive}: no such file')
-    return by_name
+def _archives(task, given):
+    """The task's archives, by name -> the path of one fetched by hand, or None. Raises InputError."""
+    archives = {name: None for name, release in RELEASES.items() if release.task == task}
+    for path in map(Path, given):
+        if path.name not in archives:
+            raise InputError(f'{path}: not an archive of {task}; expected {" or ".join(archives) or "none"}')
+        if not path.is_file():
+            raise InputError(f'{path}: no such file')
+        archives[path.name] = path
+    return archives
 
 
-def _missing(data, task, complete, langs):
-    """The paths of a run that are not there; `complete`: of the whole task, and its tests without labels."""
+def _missing(folder, task, complete, langs=None):
+    """The names of a run's files that are not there. `complete`: the task's, also tests without labels."""
     languages = TASKS[task].languages
-    paths = [path_of(data, task, 'train', 'en')]
-    paths += [path_of(data, task, 'dev', lang) for lang in (languages if complete else ['en'])]
-    paths += [path_of(data, task, 'test', lang) for lang in langs or languages]
+    names = ['train-en.tsv']
+    names += [f'dev-{lang}.tsv' for lang in (languages if complete else ['en'])]
+    names += [f'test-{lang}.tsv' for lang in langs or languages]
     if task == 'sample':
-        paths += [Path(data) / task / 'synonyms.json', Path(data) / task / 'model']
-    missing = []
-    for path in paths:
-        if not path.exists():
-            missing.append(path)
-        elif complete and path.suffix == '.tsv':
-            unlabelled = read_pairs(path, task)[0].label is None
-            if unlabelled and path.name.startswith('test'):
-                missing.append(path)
+        names += ['synonyms.json', 'model']
+    missing = [name for name in names if not (folder / name).exists()]
+    if complete:
+        for path in folder.glob('test-*.tsv'):
+            if path.name in names and read_pairs(path, task)[0].label is None:
+                missing.append(path.name)
     return missing
 
 
@@ -417,50 +404,51 @@ def _alone(path, missing):
         raise InputError(f'{missing}: not there, and cannot be written: {error.strerror}') from None
 
 
-def _fill(folder, part, task, missing, by_name, complete):
-    """Write what is missing to the folder `part`, and move it to `folder` once it is whole.
+def _fill(folder, part, archives, complete):
+    """Write what a task's folder lacks to the folder `part`, and move it in once it is whole.
 
     `complete`: archive by archive, so that one that cannot be had does not undo the others.
     """
+    task = folder.name
+    missing = _missing(folder, task, True)      # of a run too: it comes in the same archives
     folder.mkdir(exist_ok=True)
     if task == 'sample':
         write_sample(part)
-        _move(part / task, missing)
-    for name, release in RELEASES.items():
-        wanted = [path for path in missing if path.name.split('-')[0] in release.rows]
-        if release.task != task or not wanted:
+    for name, archive in archives.items():
+        release = RELEASES[name]
+        wanted = [file for file in missing if file.split('-')[0] in release.rows]
+        if not wanted:
             continue
-        archive = by_name.get(name, part / name)
-        if name not in by_name:
+        if archive is None:
+            archive = part / name
             command = f'`python data.py {task} --data {folder.parent} {name}`'
             _download(release.url, archive, f'give it to {command}; `--task sample` works without a network')
         _convert(archive, release, wanted, part)
         if complete:
-            _move(part, wanted)
-    _move(part, missing)
+            _move(part, folder, wanted)
+    _move(part, folder, missing)
 
 
-def _move(part, paths):
-    """Move what was written to the folder `part` to its place."""
-    for path in paths:
-        if (part / path.name).exists():
-            os.replace(part / path.name, path)
+def _move(part, folder, names):
+    """Move those of the named files that were written to the folder `part` to their place."""
+    for name in names:
+        if (part / name).exists():
+            os.replace(part / name, folder / name)
 
 
 def _convert(archive, release, wanted, part):
     """Write the wanted files of an archive to the folder `part` in XTREME's layout, and check them."""
     try:
         files = release.read(archive)
-    except BROKEN as error:
+    except Exception as error:      # a broken archive raises any of a dozen
         raise InputError(f'{archive}: not the archive of {release.url} ({error}); fetch it again') from None
-    for path in wanted:
-        rows = files.get(path.name, [])
-        expected = release.rows[path.name.split('-')[0]]
+    for name in wanted:
+        rows = files.get(name, [])
+        expected = release.rows[name.split('-')[0]]
         if len(rows) != expected:
-            count = f'{len(rows)} rows for {path.stem}, expected {expected}'
-            raise InputError(f'{archive}: {count}; fetch it again')
-        write_pairs(part / path.name, rows)
-        read_pairs(part / path.name, release.task)
+            raise InputError(f'{archive}: {len(rows)} rows for {name}, expected {expected}; fetch it again')
+        write_pairs(part / name, rows)
+        read_pairs(part / name, release.task)
 
 
 def fetch_neighbours(path):
@@ -480,7 +468,7 @@ def _download(url, path, by_hand, sha256=None):
     socket.setdefaulttimeout(30)
     try:
         download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
-    except (OSError, http.client.HTTPException, RuntimeError) as error:     # RuntimeError: another SHA-256
+    except (OSError, HTTPException, RuntimeError) as error:     # RuntimeError: another SHA-256
         reason = getattr(error, 'reason', error)
         raise InputError(f'{url}: cannot be fetched ({reason}). Fetch it by hand and {by_hand}') from None
     finally:
@@ -489,24 +477,28 @@ def _download(url, path, by_hand, sha256=None):
 
 # ---------------------------------------------------------------- the sample world
 
-SAMPLE_HIDDEN, SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_WORDS = 64, 30, 3, 3
+SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_WORDS = 30, 3, 3       # in all, of a concept, of a sentence
 SAMPLE_ROWS = {'train': 40000, 'dev': 1000, 'test': 2000}
-SAMPLE_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
+SAMPLE_ENDINGS = {'en': 'n', 'x1': 'd', 'x2': 'r', 'x3': 's', 'x4': 't', 'x5': 'l', 'x6': 'k'}      # of words
 SAMPLE_SCALE, SAMPLE_SPREAD = 0.25, 0.05    # of concepts around 0, of synonyms around them, per coordinate
-SAMPLE_SHIFTS = {f'x{k}': 0.05 * k for k in range(1, 7)}    # of a language's words, rms per coordinate
+SAMPLE_SPECIAL = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]'}
+SAMPLE_HIDDEN = 64
+SAMPLE_CONFIG = {
+    'hidden_size': SAMPLE_HIDDEN, 'intermediate_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+    'max_position_embeddings': 64, 'pad_token_id': 0, 'initializer_range': 0.07,
+    'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0,        # so that delta is the only noise
+}
 
 
-def write_sample(data, seed=0):
-    """Write DATA/sample: a world in which Eq. 1 and Figure 1 of the paper are literally true.
+def write_sample(folder, seed=0):
+    """Write the sample's files: a world in which Eq. 1 and Figure 1 of the paper are literally true.
 
     A concept is a random point; its synonyms lie close around it; language xk's word for an English word
     is that word's point plus a random shift of length 0.05 k sqrt(64). A pair is a paraphrase (synonyms
     exchanged) or different (one concept exchanged too). Written as ordinary files: XTREME's TSVs, a neighbour
     file, and a BertModel checkpoint (2 layers, hidden 64) whose word embeddings are these points, whose other
-    weights are random, and which has no dropout, so that delta is the only noise.
+    weights are random, and which has no dropout.
     """
-    folder = Path(data) / 'sample'
-    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     concepts = _sample_concepts(rng)
     neighbours = {}
@@ -516,41 +508,37 @@ def write_sample(data, seed=0):
     (folder / 'synonyms.json').write_text(json.dumps(neighbours, indent=1))
     for split, count in SAMPLE_ROWS.items():
         pairs = [_sample_pair(concepts, rng) for _ in range(count)]
-        languages = ['en'] if split == 'train' else TASKS['sample'].languages
-        for lang in languages:          # row-aligned, as XTREME's tests are
+        for lang in ['en'] if split == 'train' else SAMPLE_ENDINGS:     # row-aligned, as XTREME's tests are
             rows = []
             for premise, hypothesis, label in pairs:
                 rows.append((_translate(premise, lang), _translate(hypothesis, lang), label))
             write_pairs(folder / f'{split}-{lang}.tsv', rows)
-    _write_sample_encoder(folder / 'model', concepts, seed)
+    _write_sample_encoder(folder / 'model', list(neighbours), seed)
 
 
 def _sample_concepts(rng):
     """Each concept as the list of its English words, all of them ending in -n."""
-    syllables = [consonant + vowel for consonant, vowel in itertools.product('bdfgklmnprstvz', 'aeiou')]
-    stems = [first + second + 'n' for first, second in itertools.product(syllables, repeat=2)]
-    words = rng.sample(stems, SAMPLE_CONCEPTS * SAMPLE_SYNONYMS)
+    consonants, vowels = 'bdfgklmnprstvz', 'aeiou'
+    possible = [''.join(word) for word in itertools.product(consonants, vowels, consonants, vowels, 'n')]
+    words = rng.sample(possible, SAMPLE_CONCEPTS * SAMPLE_SYNONYMS)
     return [words[start:start + SAMPLE_SYNONYMS] for start in range(0, len(words), SAMPLE_SYNONYMS)]
 
 
 def _sample_pair(concepts, rng):
-    """Two sentences as lists of English words, and the label's name."""
-    first = rng.sample(range(len(concepts)), SAMPLE_WORDS)
+    """Two English sentences, and the label's name."""
+    first = rng.sample(concepts, SAMPLE_WORDS)
     second, label = list(first), rng.choice(TASKS['sample'].labels)
     if label == 'different':
-        other = rng.choice([concept for concept in range(len(concepts)) if concept not in first])
+        other = rng.choice([concept for concept in concepts if concept not in first])
         second[rng.randrange(SAMPLE_WORDS)] = other
-    premise = [rng.choice(concepts[concept]) for concept in first]
-    hypothesis = [rng.choice(concepts[concept]) for concept in second]
-    return premise, hypothesis, label
+    premise = [rng.choice(concept) for concept in first]
+    hypothesis = [rng.choice(concept) for concept in second]
+    return ' '.join(premise), ' '.join(hypothesis), label
 
 
-def _translate(words, lang):
-    """The sample world's dictionary: language xk has an ending of its own in place of English's -n."""
-    if lang != 'en':
-        ending = 'drstlk'[int(lang[1:]) - 1]
-        words = [word[:-1] + ending for word in words]
-    return ' '.join(words)
+def _translate(text, lang):
+    """The sample world's dictionary: a language has an ending of its own in place of English's -n."""
+    return re.sub(r'n\b', SAMPLE_ENDINGS[lang], text)
 
 
 def _sample_points(seed):
@@ -561,33 +549,26 @@ def _sample_points(seed):
     english = (centres * SAMPLE_SCALE + around * SAMPLE_SPREAD).flatten(0, 1)
     special = torch.randn(len(SAMPLE_SPECIAL), SAMPLE_HIDDEN, generator=generator) * SAMPLE_SCALE
     points = [special, english]
-    for shift in SAMPLE_SHIFTS.values():
-        direction = torch.nn.functional.normalize(torch.randn(english.shape, generator=generator), dim=-1)
-        points.append(english + shift * SAMPLE_HIDDEN ** 0.5 * direction)
+    for k in range(1, len(SAMPLE_ENDINGS)):
+        direction = torch.nn.functional.normalize(torch.randn(english.shape, generator=generator))
+        points.append(english + 0.05 * k * SAMPLE_HIDDEN ** 0.5 * direction)
     return torch.cat(points)
 
 
-def _write_sample_encoder(folder, concepts, seed):
+def _write_sample_encoder(folder, words, seed):
     """A tiny BertModel checkpoint with a word-level tokenizer, as `from_pretrained` reads them."""
-    vocabulary = list(SAMPLE_SPECIAL)
-    for lang in TASKS['sample'].languages:
-        for concept in concepts:
-            vocabulary += _translate(concept, lang).split(' ')
+    vocabulary = list(SAMPLE_SPECIAL.values())
+    for lang in SAMPLE_ENDINGS:
+        vocabulary += [_translate(word, lang) for word in words]
     ids = {word: number for number, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token='[UNK]'))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(('[SEP]', ids['[SEP]']), ('[CLS]', ids['[CLS]']))
-    special = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]'}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **SAMPLE_SPECIAL)
     fast.save_pretrained(folder)
-
-    sizes = {'hidden_size': SAMPLE_HIDDEN, 'intermediate_size': 4 * SAMPLE_HIDDEN, 'num_hidden_layers': 2,
-             'num_attention_heads': 4, 'max_position_embeddings': 64}
-    dropout = {'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}
-    config = BertConfig(vocab_size=len(ids), initializer_range=0.07, pad_token_id=0, **sizes, **dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BertModel(config)
+        model = BertModel(BertConfig(vocab_size=len(ids), **SAMPLE_CONFIG))
     model.get_input_embeddings().weight.data.copy_(_sample_points(seed))
     logging.disable_progress_bar()
     model.save_pretrained(folder)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from data import NEIGHBOURS_URL, InputError, Pair, in_range, progress, read_lines, replacing, run_script
-from data import split_words
+from data import (NEIGHBOURS_URL, InputError, Pair, in_range, progress, read_lines, replacing, run_script,
+                  split_words)
 
 
 # ---------------------------------------------------------------- read
@@ -37,13 +37,10 @@ def read_synonyms(path):
         raise InputError(f'{path}: not JSON ({error}); expected {form}') from None
     if not isinstance(entries, dict):
         raise InputError(f'{path}: a JSON {type(entries).__name__}; expected {form}')
-    neighbours = {}
     for word, synonyms in entries.items():
-        words = isinstance(synonyms, list) and all(isinstance(word, str) and word for word in synonyms)
-        if not words:
+        if not isinstance(synonyms, list) or not all(isinstance(one, str) and one for one in synonyms):
             raise InputError(f'{path}: {word!r} has {str(synonyms)[:60]}; expected a list of words')
-        if synonyms:
-            neighbours[word] = synonyms
+    neighbours = {word: synonyms for word, synonyms in entries.items() if synonyms}
     if not neighbours:
         raise InputError(f'{path}: no word in it has a neighbour; expected {form}')
     return neighbours
@@ -51,21 +48,21 @@ def read_synonyms(path):
 
 # ---------------------------------------------------------------- replace
 
-# A word, whatever surrounds it (blanks, punctuation). Clitics may be written apart or not: XNLI's training
-# file has them apart (You won 't, do n't, I 've), its dev and test files have not, and both must offer the
-# same words (ours). A negated verb is one word, looked up without its blank; 's 've 'll are no words, nor
-# part of one.
-CLITIC = r"(?: s | d | m | ll | re | ve ) (?! [^\W_] | ['’] )"
-WORD = re.compile(rf"""
-    (?<! [^\W_] )                                       # begin where a word begins
-    (?: [^\W_]+ (?: [ ]n | [ ] )? ['’] t (?! [^\W_] | ['’] )
-      | (?! (?<=['’]) {CLITIC} )  [^\W_]+ (?: (?: - | ['’] (?! {CLITIC} )) [^\W_]+ )* )
-""", re.VERBOSE | re.IGNORECASE)
+# A word is a run of letters and digits, joined by hyphens and apostrophes, whatever surrounds it. Clitics
+# may be written apart or not: XNLI's training file has them apart (You won 't, do n't, I 've), its dev and
+# test files have not, and both must offer the same words (ours). So a negated verb is one word, looked up
+# without its blank, and 's 've 'll are no words, nor part of one.
+LETTERS = r'[^\W_]+'
+END = r"(?! [^\W_] | ['’] )"        # so that 't in 'tis and 's' in quotes are no clitics
+CLITIC = rf"['’] (?: s | d | m | ll | re | ve ) {END}"
+NEGATED = rf"{LETTERS} (?: [ ] n? )? ['’] t {END}"
+JOINED = rf"{LETTERS} (?: (?: - | (?!{CLITIC}) ['’] ) {LETTERS} )*"
+WORD = re.compile(f'{CLITIC} | ({NEGATED} | {JOINED})', re.VERBOSE | re.IGNORECASE)     # a clitic: no group 1
 
 
 def find_words(sentence):
     """The words of a sentence that may be replaced -> list of str."""
-    return [word.replace(' ', '') for word in WORD.findall(sentence)]
+    return [word.replace(' ', '') for word in WORD.findall(sentence) if word]
 
 
 def synonyms_of(word, neighbours):
@@ -84,7 +81,9 @@ def replace(sentence, neighbours, p, rng):
 
     def substitute(match):
         """The word, or the synonym that the draw puts in its place."""
-        word = match.group()
+        word = match[1]
+        if not word:
+            return match[0]     # a clitic
         synonyms = synonyms_of(word.replace(' ', ''), neighbours)
         if not synonyms or rng.random() >= p:
             return word
@@ -116,8 +115,7 @@ def english_only(neighbours, pairs):
     """
     known = set()
     for pair in pairs:
-        known.update(find_words(pair.premise.lower()))
-        known.update(find_words(pair.hypothesis.lower()))
+        known.update(find_words(f'{pair.premise}\n{pair.hypothesis}'.lower()))
     kept = {}
     for word, synonyms in neighbours.items():
         synonyms = [synonym for synonym in synonyms if synonym.lower() in known]
@@ -190,8 +188,9 @@ def changed_share(copies, sample=1000):
 def read_vectors(path):
     """Read word vectors in text form, a word and its floats a line -> words, float32 (words, dimensions)."""
     expected = 'a word and its vector a line'
+    lines = read_lines(path, expected)
     words, rows = [], []
-    for number, line in enumerate(read_lines(path, expected), 1):
+    for number, line in enumerate(lines, 1):
         word, *numbers = split_words(line) or ['']
         if number == 1 and len(numbers) == 1:
             continue        # word2vec's text form begins with the counts
@@ -217,33 +216,26 @@ def build(words, vectors, k=8, bound=0.5):
     """
     vectors = torch.as_tensor(vectors)
     squared = vectors.square().sum(1)
-    near = [[] for _ in words]
+    neighbours = {}
     for start in progress(range(0, len(words), 512), desc='nearest words', unit='block'):
         block = slice(start, start + 512)
-        # |a - b|^2 = |a|^2 + |b|^2 - 2ab: a matrix product in place of single distances, and each pair once.
-        sums = squared[block, None] + squared[start:]
-        distances = torch.addmm(sums, vectors[block], vectors[start:].T, alpha=-2)
-        # Few words are within the bound, so finding those and sorting only them beats a top-k of every row.
-        rows, columns = (distances <= bound).nonzero(as_tuple=True)
-        found = distances[rows, columns].tolist()
-        for i, j, distance in zip(rows.tolist(), columns.tolist(), found):
-            if i < j:
-                near[start + i].append((distance, start + j))
-                near[start + j].append((distance, start + i))
-    neighbours = {}
-    for word, found in zip(words, near):
-        neighbours[word] = [words[j] for _, j in sorted(found)[:k]]
+        distances = squared[block, None] + squared - 2 * vectors[block] @ vectors.T     # |a|^2 + |b|^2 - 2ab
+        distances.diagonal(start).fill_(torch.inf)      # no word is its own neighbour
+        nearest, columns = distances.topk(min(k, len(words)), largest=False)
+        for word, near, row in zip(words[block], nearest.tolist(), columns.tolist()):
+            neighbours[word] = [words[j] for j, distance in zip(row, near) if distance <= bound]
     return neighbours
 
 
 # ---------------------------------------------------------------- show, command line
 
-def show(sentence, neighbours, p, m, seed):
+def show(sentence, neighbours, p, m):
     """Print the synonyms of each word of a sentence, and m augmented copies."""
     for word in find_words(sentence):
         print(f'{word}: {", ".join(synonyms_of(word, neighbours)) or "-"}')
     for copy in range(m):
-        print(f'{copy + 1:4}  {augment(Pair(sentence, "", None), neighbours, p, seed, copy).premise}')
+        copied = augment(Pair(sentence, '', None), neighbours, p, 42, copy)
+        print(f'{copy + 1:4}  {copied.premise}')
 
 
 def main():
@@ -262,13 +254,13 @@ def main():
     add('--p', type=in_range(float, 0, 1 + 1e-9), default=0.1,
         help='--show: probability that a word is replaced (default: %(default)s)')
     add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
-    add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')
     args = parser.parse_args()
     if args.show is not None:
-        show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
+        show(args.show, read_synonyms(args.file), args.p, args.m)
         return
     words, vectors = read_vectors(args.file)
-    print(f'device: CPU, {torch.get_num_threads()} threads, on which it takes half a minute', file=sys.stderr)
+    threads = torch.get_num_threads()
+    print(f'device: CPU, {threads} threads, on which it takes a minute or two', file=sys.stderr)
     neighbours = build(words, vectors, args.k, args.bound)
     with_any = sum(map(bool, neighbours.values()))
     print(f'{args.output}: {len(neighbours):,} words, {with_any:,} with neighbours', file=sys.stderr)

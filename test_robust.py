@@ -568,7 +568,7 @@ def test_converts_the_public_release_of_xnli(tmp_path, small_release):
     (lambda path: path.write_bytes(path.read_bytes()[:-40]), 'x-final.tar.gz: not the archive of .*fetch it again'),
     (lambda path: path.write_bytes(b'<html>'), 'x-final.tar.gz: not the archive of .*fetch it again'),
     (lambda path: path.unlink(), '^[^:]*x-final.tar.gz: no such file$'),
-    (lambda path: pawsx_archive(path, rows=3), 'x-final.tar.gz: 3 rows for train-en, expected 2'),
+    (lambda path: pawsx_archive(path, rows=3), 'x-final.tar.gz: 3 rows for train-en.tsv, expected 2'),
 ])
 def test_a_broken_archive_gives_one_line_and_leaves_nothing(tmp_path, small_release, break_it, message):
     break_it(pawsx_archive(tmp_path / 'x-final.tar.gz'))
