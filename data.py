@@ -508,7 +508,8 @@ def write_sample(folder, seed=0):
     (folder / 'synonyms.json').write_text(json.dumps(neighbours, indent=1))
     for split, count in SAMPLE_ROWS.items():
         pairs = [_sample_pair(concepts, rng) for _ in range(count)]
-        for lang in ['en'] if split == 'train' else SAMPLE_ENDINGS:     # row-aligned, as XTREME's tests are
+        languages = ['en'] if split == 'train' else SAMPLE_ENDINGS
+        for lang in languages:          # row-aligned, as XTREME's tests are
             rows = []
             for premise, hypothesis, label in pairs:
                 rows.append((_translate(premise, lang), _translate(hypothesis, lang), label))

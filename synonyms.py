@@ -188,9 +188,8 @@ def changed_share(copies, sample=1000):
 def read_vectors(path):
     """Read word vectors in text form, a word and its floats a line -> words, float32 (words, dimensions)."""
     expected = 'a word and its vector a line'
-    lines = read_lines(path, expected)
     words, rows = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, expected), 1):
         word, *numbers = split_words(line) or ['']
         if number == 1 and len(numbers) == 1:
             continue        # word2vec's text form begins with the counts
