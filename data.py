@@ -225,7 +225,10 @@ def read_pairs(path, task):
     expected = ('premise TAB hypothesis TAB label, a pair a line, no header; '
                 f'`python data.py {task}` fetches such files or makes them from the raw release')
     lines = read_lines(path, expected)
-    columns = len(lines[0].split('\t'))
+    first = lines[0].lower().split('\t')
+    if {'sentence1', 'gold_label', 'premise', 'hypo'} & set(first):
+        raise InputError(f'{path}:1: a header; expected {expected}')
+    columns = len(first)
     if columns not in (2, 3):
         raise InputError(f'{path}:1: {columns} columns; expected {expected}')
     pairs = []

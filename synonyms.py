@@ -228,12 +228,12 @@ def build(words, vectors, k=8, bound=0.5):
 
 # ---------------------------------------------------------------- show, command line
 
-def show(sentence, neighbours, p, m):
+def show(sentence, neighbours, p, m, seed):
     """Print the synonyms of each word of a sentence, and m augmented copies."""
     for word in find_words(sentence):
         print(f'{word}: {", ".join(synonyms_of(word, neighbours)) or "-"}')
     for copy in range(m):
-        copied = augment(Pair(sentence, '', None), neighbours, p, 42, copy)
+        copied = augment(Pair(sentence, '', None), neighbours, p, seed, copy)
         print(f'{copy + 1:4}  {copied.premise}')
 
 
@@ -253,9 +253,10 @@ def main():
     add('--p', type=in_range(float, 0, 1 + 1e-9), default=0.1,
         help='--show: probability that a word is replaced (default: %(default)s)')
     add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
+    add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')
     args = parser.parse_args()
     if args.show is not None:
-        show(args.show, read_synonyms(args.file), args.p, args.m)
+        show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
         return
     words, vectors = read_vectors(args.file)
     threads = torch.get_num_threads()

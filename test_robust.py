@@ -490,6 +490,7 @@ def test_labels(tmp_path):
     (b'a\tb\t1\n\xff\tb\t1\n', ':2: byte 1 of the line is not UTF-8'),
     (b'\xef\xbb\xbfa\tb\t1\r\na\tb\xff', ':2: byte 4 of the line is not UTF-8'),
     (b'id\tsentence1\tsentence2\tlabel\n1\ta\tb\t0\n', 'raw release'),
+    (b'sentence1\tsentence2\na\tb\n', ':1: a header; expected premise'),
 ])
 def test_a_broken_file_gives_one_line(tmp_path, content, message):
     path = write(tmp_path / 'file.tsv', content)
