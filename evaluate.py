@@ -410,6 +410,7 @@ def in_ball(model, *, eps, steps=0, layer=0, seed=42):
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def delta(inputs, labels):
+        """The draw of a batch, or the worst point that was found from it."""
         batch = {**inputs, 'labels': labels}
         return robust.worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
     return {'delta': delta, 'layer': layer}
@@ -664,6 +665,7 @@ def variants(group):
     In the order of the paper's tables, seeds rising; without an adv whose checkpoint is of its plain steps.
     """
     def order(record):
+        """Where a record stands."""
         args = record['args']
         return list(robust.METHODS).index(args['method']), args['eps'] or 0, args['seed']
 
