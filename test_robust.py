@@ -1048,6 +1048,16 @@ def test_cheap_dropout_reaches_attention_and_leaves_a_model_without_dropout_alon
     assert model.config._attn_implementation == 'sdpa'
 
 
+def test_training_on_the_cpu_uses_cheap_dropout(run, dropping, monkeypatch):
+    weights = []
+    for p in (0.1, 0.0):
+        if not p:
+            monkeypatch.setattr(train.CheapDropout, 'dropout', staticmethod(lambda input, *args, **options: input))
+        folder, _ = run(f'p {p}', f'--method plain --model {dropping} --max-steps 2 --langs en')
+        weights.append((folder / 'model.safetensors').read_bytes())
+    assert weights[0] != weights[1]
+
+
 # ---------------------------------------------------------------- train.py: runs and their records
 
 FAST = '--max-steps 8 --eval-steps 4 --batch 16 --no-freeze-embeddings'
@@ -1397,12 +1407,14 @@ def test_a_log_file_holds_whole_lines(small, tmp_path):
 
 # ---------------------------------------------------------------- evaluate.py: models
 
-def test_a_pair_that_is_cut_is_counted(tokenizer, model, small, run):
+def test_a_pair_that_is_cut_is_counted_and_said(tokenizer, small, run, call, tmp_path):
     pairs = [data.Pair('bokin ' * length, 'bokin ' * 3, 0) for length in (1, 5, 8, 9, 10, 20)]     # + 3 special tokens
     features, cut = evaluate.encode(tokenizer, pairs, 14)
     assert cut == 3 and [len(feature['input_ids']) for feature in features] == [7, 11, 14, 14, 14, 14]
     _, record = run('a', f'--method plain {FAST} --max-length 8')
     assert record['cut'] == dict.fromkeys(data.TASKS['sample'].languages, 30)
+    said = call(f'train --task sample --method plain --max-steps 1 --max-length 8 --langs en x2 --data {small} --out {tmp_path}/b').err
+    assert 'pairs of more than 8 tokens, cut there: en 30, x2 30' in said
 
 
 def test_more_tokens_than_positions_are_capped(model, tokenizer, capsys):
