@@ -912,6 +912,13 @@ def test_the_plan_has_every_row_once_an_epoch_and_pairs_of_like_length_in_a_batc
     assert train.plan(pairs, tokenizer, arguments(m=m, max_steps=70)) == batches[:70]
 
 
+def test_every_epoch_has_an_order_of_its_own(tokenizer):
+    """1,024 pairs are a pool: the batches of the second epoch are others than those of the first."""
+    batches = train.plan(pairs_of_all_lengths(1024), tokenizer, arguments())
+    first, second = [{frozenset(batch) for batch in half} for half in (batches[:64], batches[64:])]
+    assert len(first) == len(second) == 64 and len(first & second) < 5
+
+
 def test_only_the_steps_that_will_run_are_tokenised_first(tokenizer, monkeypatch):
     counted = []
     monkeypatch.setattr(train, 'count_tokens', lambda pairs, tokenizer, rows: counted.append(len(rows)) or dict.fromkeys(rows, 1))
