@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 SHARED = HERE.parent / 'shared'
 real = pytest.mark.skipif(not (SHARED / 'data').exists(), reason='needs real data and a real encoder in ../shared')
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+torch.set_num_threads(1)        # as the processes that tests start: another number sums in another order
 
 SIZE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
             max_position_embeddings=20, pad_token_id=1, num_labels=3)
@@ -54,6 +55,28 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp('data')
     data.prepare(path, 'sample')
     return path
+
+
+@pytest.fixture(scope='session', autouse=True)
+def begun(request, tmp_path_factory):
+    """The runs of `trained`, if a test needs them: they begin first, and go on beside the other tests."""
+    processes = {}
+    methods = {}
+    if any('trained' in item.fixturenames for item in request.session.items):
+        world = request.getfixturevalue('world')
+        methods = {'plain': 'plain', 'rs_r': 'rs_r --eps 0.1', 'adv': 'adv --eps 0.01 --plain-steps 500'}
+    for name, method in methods.items():
+        folder = tmp_path_factory.mktemp(name)
+        flags = f'--task sample --data {world} --out {folder / "run"} --seed 1 --method {method}'
+        flags += ' --max-steps 1000 --eval-steps 500 --max-eval 1000'
+        with open(folder / 'log', 'w') as log:
+            process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags.split()], env=ENVIRONMENT,
+                                       stdout=log, stderr=log)
+        processes[name] = process, folder
+    yield processes
+    for process, _ in processes.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope='session')
@@ -1144,16 +1167,16 @@ def test_a_finished_run_is_kept_whatever_its_paths(run, small, tmp_path, call, m
     # Every argument that decides, and every file that is read, makes another run.
     for other, differs in (('--lr 0.1', 'lr'), ('--seed 3', 'seed'), ('--max-eval 5', 'max_eval'), ('--warmup 0.5', 'warmup'),
                            ('--max-train 100', 'max_train'), ('--batch 15', 'batch'), ('--freeze-embeddings', 'freeze_embeddings')):
-        with pytest.raises(data.InputError, match=rf'b: holds another run \(it differs in {differs}\); name another'):
+        with pytest.raises(data.InputError, match=rf'b: holds another run \({differs} \S+, not \S+\); name another'):
             call(f'train --task sample {flags} {other} --data elsewhere --out b')
     for name in ('train-en', 'dev-en', 'test-x3'):
         path = moved / f'sample/{name}.tsv'
         content = path.read_bytes()
         path.write_bytes(content.split(b'\n', 1)[1])
-        with pytest.raises(data.InputError, match=rf'differs in {name}\.tsv\)'):
+        with pytest.raises(data.InputError, match=rf'\({name}\.tsv \w{{16}}, not \w{{16}}\)'):
             call(f'train --task sample {flags} --data elsewhere --out b')
         path.write_bytes(content)
-    with pytest.raises(data.InputError, match=r'differs in model\)'):
+    with pytest.raises(data.InputError, match=r'\(model \w{16}, not \w{16}\)'):
         call(f'train --task sample {flags} --data elsewhere --out b --model b')
 
 
@@ -1193,19 +1216,9 @@ def process(tmp_path):
     return process
 
 
-@pytest.fixture
-def one_thread():
-    """As the processes have: another number of threads sums in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize('method, kills', [('rs_r --eps 0.1', [('between', 20), ('after', 30)]),
                                            ('adv --eps 0.01 --plain-steps 15', [('after', 30)]), ('rs_a', [('between', 30)])])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, kills, small, dropping, tmp_path, process, call,
-                                                                          one_thread):
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, kills, small, dropping, tmp_path, process, call):
     flags = f'--task sample --method {method} --data {small} --model {dropping} --max-steps 60 --eval-steps 10 --lr 3e-3'
     flags += ' --no-freeze-embeddings --batch 16 --langs en x1'
     call(f'train {flags}', '--out', tmp_path / 'whole')
@@ -1221,6 +1234,19 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method
     weights = [(tmp_path / name / 'model.safetensors').read_bytes() for name in ('whole', 'moved')]
     assert weights[0] == weights[1]
     assert not list((tmp_path / 'moved').glob('*.p*t*'))
+
+
+def test_a_finished_run_says_which_languages_it_lacks(small, tmp_path, call):
+    flags = f'--task sample --method plain --data {small} --out {tmp_path}/a --max-steps 1'
+    call(f'train {flags} --langs en x1')
+    assert 'a: finished without test-x2.tsv, which `python evaluate.py' in call(f'train {flags} --langs en x2').err
+    assert 'finished without' not in call(f'train {flags} --langs x1').err
+
+
+def test_a_flag_that_no_method_takes_is_named(small, call):
+    said = call(f'train --task sample --data {small} --method plain rs_a --dry-run --eps 0.1 --adv-steps 3 --m 5').err
+    assert '--eps: not used, plain rs_a has no such argument\n' in said and '--adv-steps: not used' in said
+    assert '--m:' not in said and '--layer:' not in said
 
 
 def stopped(tmp_path, call, flags, monkeypatch):
@@ -1244,17 +1270,17 @@ def test_a_stopped_run_goes_on_only_as_the_same_run(small, tmp_path, call, monke
     for more, differs in (('--seed 3', 'seed'), ('--no-float32', 'dtype'), ('--lr 1', 'lr')):
         if more == '--no-float32':
             monkeypatch.setattr(evaluate, 'choose_device', lambda float32: (torch.device('cpu'), torch.bfloat16))
-        with pytest.raises(data.InputError, match=rf'differs in {differs}\)'):
+        with pytest.raises(data.InputError, match=rf'\({differs} \S+, not \S+\)'):
             call(f'train {flags} {more}', '--out', tmp_path / 'a')
         monkeypatch.undo()
     other = tmp_path / 'other'
     shutil.copytree(small, other)
     (other / 'sample/train-en.tsv').write_bytes((small / 'sample/train-en.tsv').read_bytes().split(b'\n', 1)[1])
-    with pytest.raises(data.InputError, match=r'differs in train-en\.tsv\)'):
+    with pytest.raises(data.InputError, match=r'\(train-en\.tsv \w{16}, not \w{16}\)'):
         call(f'train {flags.replace(str(small), str(other))}', '--out', tmp_path / 'a')
     monkeypatch.setitem(os.environ, 'WORLD_SIZE', '2')
     monkeypatch.setattr(train, 'start_processes', lambda: None)
-    with pytest.raises(data.InputError, match=r'differs in processes\)'):
+    with pytest.raises(data.InputError, match=r'\(processes 1, not 2\)'):
         call(f'train {flags}', '--out', tmp_path / 'a')
     monkeypatch.undo()
     held = json.loads((tmp_path / 'a/args.json').read_text())
@@ -1338,7 +1364,7 @@ def test_a_full_disk_gives_one_line_and_the_state_before_stays(run, tmp_path, mo
         save(state, path)
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'save', full)
-        with pytest.raises(data.InputError, match='cannot be written .*No space left.*the same command goes on'):
+        with pytest.raises(data.InputError, match=r'a: .*No space left on device.*; the same command goes on'):
             run('a', flags)
     assert not list(tmp_path.rglob('*part*'))
     assert run('a', flags)[1]['history'] == run('b', flags)[1]['history'] and not (tmp_path / 'a/state.pt').exists()
@@ -2779,16 +2805,13 @@ def test_each_method_is_set_beside_its_baselines(small, speed, monkeypatch, caps
 # ---------------------------------------------------------------- the claim of the paper, in the sample world
 
 @pytest.fixture(scope='session')
-def trained(world, tmp_path_factory):
-    """Runs on the sample world cut down to 1,000 of 2,500 steps -> their folders by name. As processes of one thread."""
-    folder, processes = tmp_path_factory.mktemp('trained'), {}
-    for name, flags in {'plain': 'plain', 'rs_r': 'rs_r --eps 0.1', 'adv': 'adv --eps 0.01 --plain-steps 500'}.items():
-        flags = f'--task sample --data {world} --out {folder / name} --seed 1 --max-steps 1000 --max-eval 1000 --method {flags}'
-        command = [sys.executable, str(HERE / 'train.py'), *flags.split(), '--eval-steps', '500']
-        processes[name] = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for name, process in processes.items():
-        assert process.wait() == 0, process.communicate()[1]
-    return {name: folder / name for name in processes}
+def trained(begun):
+    """Runs on the sample world cut down to 1,000 of 2,500 steps -> their folders by name."""
+    folders = {}
+    for name, (process, folder) in begun.items():
+        assert process.wait() == 0, (folder / 'log').read_text()
+        folders[name] = folder / 'run'
+    return folders
 
 
 def test_the_claim_of_the_paper_in_the_sample_world(trained):
@@ -2875,7 +2898,7 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     (TRAIN + 'plain', [('D/sample/test-x6.tsv', b'\n', b'\xff\n')], 'test-x6.tsv:1: byte .* is not UTF-8|label'),
     (TRAIN + 'plain', [('D/sample/test-x6.tsv', None, None)], 'test-x6.tsv: no such file'),
     (TRAIN + 'plain --langs en yo', [], 'test-yo.tsv: no such file'),
-    (TRAIN.replace('new', 'run') + 'adv --plain-steps 0', [], 'run: holds another run .it differs in method, eps'),
+    (TRAIN.replace('new', 'run') + 'adv --plain-steps 0', [], 'run: holds another run .method plain, not adv; eps None, not 0.001'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, b'{')], 'results.json: not JSON'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/state.pt', None, b'half')], 'state.pt: not a state'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/args.json', None, b'{}'),

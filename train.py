@@ -186,6 +186,18 @@ def run_of(args, method, eps, seed):
     return run
 
 
+def note_unused(args):
+    """Say which flags of a method were given though no method of the command takes them."""
+    taken, every = set(), set()
+    for method, names in robust.METHODS.items():
+        every.update(names)
+        taken.update(names if method in args.method else ())
+    defaults = parse_args(['--task', args.task, '--method', *args.method])
+    for name in sorted(every - taken):
+        if getattr(args, name) != getattr(defaults, name):
+            evaluate.say(f'--{name.replace("_", "-")}: not used, {" ".join(args.method)} has no such argument')
+
+
 def name_of(args):
     """A run in words, such as 'rs_r 0.1 seed 42'."""
     size = '' if args.eps is None else f' {args.eps:g}'
@@ -269,22 +281,22 @@ def learning_rate(step, steps, args):
     return args.lr * (steps - done) / (steps - rising)
 
 
-def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title='training'):
+def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, title='training'):
     """min_f of the objective over X_src (section 3): the one training loop, whatever the method.
 
-    `pairs` is X_src; for RS-A `synonyms.Copies`, m copies of it. Gradient norm clipped at 1.0 (XTREME,
-    authors). Writes the checkpoint with the best English dev accuracy and the state to args.out.
+    `pairs` is X_src, `copies` RS-A's m copies of it. Gradient norm clipped at 1.0 (XTREME, authors). Writes the checkpoint with the best English dev accuracy and the state to args.out.
     Returns that part of the record.
     """
     rank, world = rank_and_world()
-    batches = plan(getattr(pairs, 'pairs', pairs), tokenizer, args)
+    batches = plan(pairs, tokenizer, args)
     shares, weights = shares_of(batches, rank, world)
     steps = len(batches)
     max_length = evaluate.longest(model, tokenizer, args.max_length)
     optimizer = adamw(model, args)
     state = load_state(model, optimizer, args)
     at = state['step']
-    loader = loader_of(pairs, shares[at:], tokenizer, max_length, model.device)
+    rows = pairs if copies is None else copies
+    loader = loader_of(rows, shares[at:], tokenizer, max_length, model.device)
     objective = robust.Objective(model, args, rank)
     if world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)
@@ -309,7 +321,7 @@ def train(model, tokenizer, pairs, dev, args, dtype=torch.float32, title='traini
         losses.append(loss.detach())
         due = step % args.eval_steps == 0 or step == steps
         if due or step % LOOK == 0:
-            check_losses(losses, step, batches, pairs, state, args)
+            check_losses(losses, step, batches, len(pairs), state, args)
             best = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
             bar.set_postfix_str(f'loss {losses[-1]:.3f}{best}', refresh=False)
             losses.clear()
@@ -342,14 +354,14 @@ def count(batches):
     return sum(len(batch) for batch in batches)
 
 
-def loader_of(pairs, batches, tokenizer, max_length, device):
+def loader_of(rows, batches, tokenizer, max_length, device):
     """The batches as tensors; on a GPU made ahead, by a process of their own."""
     ahead = {}
     if device.type == 'cuda':
         ahead = {'num_workers': 1, 'prefetch_factor': 16, 'pin_memory': True}
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'      # else a forked tokenizer warns
     padded = functools.partial(collate, tokenizer=tokenizer, max_length=max_length)
-    return DataLoader(pairs, batch_sampler=batches, collate_fn=padded, **ahead)
+    return DataLoader(rows, batch_sampler=batches, collate_fn=padded, **ahead)
 
 
 def dev_accuracy(model, tokenizer, dev, dtype, max_length):
@@ -365,12 +377,11 @@ def adamw(model, args):
 
 
 def check_losses(losses, step, batches, pairs, state, args):
-    """Raise InputError if one of the last losses, up to that of `step`, is not finite."""
-    originals = len(getattr(pairs, 'pairs', pairs))
+    """Raise InputError if one of the last losses, up to that of `step`, is not finite; of so many pairs."""
     for number, loss in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
         if math.isfinite(loss):
             continue
-        lines = ' '.join(str(row % originals + 1) for row in batches[number - 1])
+        lines = ' '.join(str(row % pairs + 1) for row in batches[number - 1])
         kept = 'there is no checkpoint yet'
         if state['best_step']:
             kept = f'the best checkpoint so far, of step {state["best_step"]}, stays in {args.out}'
@@ -446,7 +457,12 @@ def status_of(out, beginning):
     folder = Path(out)
     another = 'name another folder with --out'
     if (folder / 'results.json').exists():
-        refuse_other(out, evaluate.read_records([out])[0], beginning, ())
+        held = evaluate.read_records([out])[0]
+        refuse_other(out, held, beginning, ())
+        more = [name for name in beginning['files'] if name.startswith('test-') and name not in held['files']]
+        if more:
+            evaluate.say(f'{out}: finished without {", ".join(more)}, which `python evaluate.py {out} --langs` '
+                         'scores')
         return 'finished'
     if (folder / 'state.pt').exists():
         try:
@@ -466,14 +482,12 @@ def status_of(out, beginning):
 
 def refuse_other(out, held, beginning, more):
     """Raise InputError where two runs differ in what decides them: arguments, files both read, `more`."""
-    names = [name for name in DECIDE if held['args'].get(name) != beginning['args'][name]]
-    for name, value in beginning['files'].items():
-        if name in held['files'] and held['files'][name] != value:
-            names.append(name)
-    names += [name for name in more if held.get(name) != beginning[name]]
-    if names:
-        raise InputError(f'{out}: holds another run (it differs in {", ".join(names)}); '
-                         'name another folder with --out')
+    both = [(name, held['args'].get(name), beginning['args'][name]) for name in DECIDE]
+    both += [(name, held['files'].get(name, value), value) for name, value in beginning['files'].items()]
+    both += [(name, held.get(name), beginning[name]) for name in more]
+    differ = [f'{name} {theirs}, not {ours}' for name, theirs, ours in both if theirs != ours]
+    if differ:
+        raise InputError(f'{out}: holds another run ({"; ".join(differ)}); name another folder with --out')
 
 
 def peak_memory(device):
@@ -552,7 +566,7 @@ def copies_of(run, pairs, fetch):
 def train_and_score(args, beginning, inputs, title):
     """One run, from its beginning to results.json."""
     began = time.perf_counter()
-    out, pairs = Path(args.out), inputs.copies.get(args.out, inputs.pairs)
+    out, copies = Path(args.out), inputs.copies.get(args.out)
     torch.manual_seed(args.seed)
     if inputs.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
@@ -567,7 +581,7 @@ def train_and_score(args, beginning, inputs, title):
         else:
             write_json(out / 'args.json', beginning)
     model.to(inputs.device)
-    record = beginning | train(model, tokenizer, pairs, inputs.dev, args, inputs.dtype, title)
+    record = beginning | train(model, tokenizer, inputs.pairs, inputs.dev, args, copies, inputs.dtype, title)
     if rank_and_world()[0] > 0:
         return
 
@@ -579,7 +593,7 @@ def train_and_score(args, beginning, inputs, title):
     test = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, **options)
     dev = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, split='dev', **options)
     record['train_pairs'] = len(inputs.pairs)
-    record['changed'] = synonyms.changed_share(pairs) if args.method == 'rs_a' else None
+    record['changed'] = synonyms.changed_share(copies) if copies else None
     for name, found in (('test', test), ('dev', dev)):
         record[f'{name}_marks'] = {lang: row['marks'] for lang, row in found.items()}
     record['test'] = {lang: evaluate.accuracy(row['marks']) for lang, row in test.items()}
@@ -619,6 +633,7 @@ def main():
     """Train the runs that are not finished, one after another, and print the tables of all."""
     args = parse_args()
     runs = runs_of(args)
+    note_unused(args)
     start_processes()
     # Above layer 0 no LayerNorm comes first: the noise would be rounded to bfloat16 as it enters a product.
     float32 = runs[0].float32 or any(run.layer for run in runs)
@@ -646,7 +661,7 @@ def main():
             raise InputError(f'{run.out}: out of GPU memory ({evaluate.first_line(error)}); try '
                              f'--freeze-embeddings, or a smaller --batch or --max-length; {again}') from None
         except OSError as error:
-            raise InputError(f'{run.out}: cannot be written ({error}); {again}') from None
+            raise InputError(f'{run.out}: {error}; {again}') from None
     if rank_and_world()[0] == 0:
         evaluate.report(evaluate.read_records([run.out for run in runs]))
     if dist.is_initialized():

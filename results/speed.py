@@ -94,11 +94,12 @@ def ours(run, inputs, folder):
     """This program's way -> pairs per second of training with the run's method."""
     run = copy.copy(run)
     run.max_steps = run.eval_steps = STEPS
-    pairs = inputs.copies.get(run.out, inputs.pairs)
+    copies = inputs.copies.get(run.out)
+    pairs = copies.pairs if copies else inputs.pairs
     with tempfile.TemporaryDirectory(dir=folder) as run.out:
         model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
         model.to(inputs.device)
-        found = train.train(model, tokenizer, pairs, inputs.pairs[:1], run, inputs.dtype, run.method)
+        found = train.train(model, tokenizer, pairs, pairs[:1], run, copies, inputs.dtype, run.method)
     return found['pairs_per_second']
 
 
