@@ -130,7 +130,7 @@ def replacing(path):
             part.unlink()
 
 
-def share(folder):
+def copy_permissions(folder):
     """Give a checkpoint's weights the permissions of its other files: safetensors writes them 0600."""
     for path in Path(folder).glob('*.safetensors'):
         shutil.copymode(path.with_name('config.json'), path)
@@ -256,7 +256,10 @@ def _unquote(cell):
 
 
 def write_pairs(path, rows):
-    """Write rows (premise, hypothesis[, label]) as XTREME does (csv.writer); `read_pairs` is the inverse."""
+    """Write rows (premise, hypothesis[, label]) as XTREME does (csv.writer).
+
+    `read_pairs` is the inverse, but for a CR inside a cell.
+    """
     with open(path, 'w', encoding='utf-8', newline='') as file:
         csv.writer(file, delimiter='\t').writerows(rows)
 
@@ -576,7 +579,7 @@ def _write_sample_encoder(folder, words, seed):
     model.get_input_embeddings().weight.data.copy_(_sample_points(seed))
     logging.disable_progress_bar()
     model.save_pretrained(folder)
-    share(folder)
+    copy_permissions(folder)
 
 
 # ---------------------------------------------------------------- command line

@@ -285,7 +285,10 @@ def words_of(tokenizer, sentences, lang, longest):
 # ---------------------------------------------------------------- distances
 
 class Measured(NamedTuple):
-    """Of every aligned pair of words (L,), beside it the same of its word and a random English one."""
+    """Of every aligned pair of words (L,); beside it the same of its word and a random English one.
+
+    The random one is of the same batch: 64 sentences of like length.
+    """
     sentence: torch.Tensor          # which sentence pair it is from
     identical: torch.Tensor         # 1 where both words end in the same token of the vocabulary
     distance: torch.Tensor          # Euclidean
@@ -505,6 +508,8 @@ def coverage_table(results):
              'identical: words that end in the same token',
              'largest: coordinate of the difference, median; random largest: of random words',
              'deviation: standard deviation of the coordinates']
+    if results['layer'] != 0:
+        below.append('train.py puts its noise at layer 0 unless told otherwise: see --layer 0')
     columns = ['identical', *(f'eps {eps:g}' for eps in EPS), 'largest', 'random largest', 'deviation']
     above = [f'Do the regions cover the translations? {caption(results)}']
     return evaluate.Table(above, columns, rows, below)

@@ -7,9 +7,9 @@
     python evaluate.py RUN ... --regions -o P.png    accuracy against the radius, under noise and under attack
     python evaluate.py FOLDER --task xnli            any Hugging Face classifier with the task's labels
 
-The tables need no model and no data: a record holds every answer. All else is measured when it is asked for,
-and printed. A run is never written to; `-o` alone says what is written, and where. A file without labels is
-never scored: its language shows '-' and is not in the average.
+The tables need no model and no data: a record holds which items were right. All else is measured when it is
+asked for, and printed. A run is never written to; `-o` alone says what is written, and where. A file without
+labels is never scored: its language shows '-' and is not in the average.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from data import (TASKS, InputError, Pair, in_range, path_of, progress, read_lin
                   run_script)
 
 MBERT = 'bert-base-multilingual-cased'      # paper
+MADE_BY = ('versions', 'source', 'device')  # decides nothing of a run, but is said where it differs
 
 
 # ---------------------------------------------------------------- models
@@ -61,7 +62,7 @@ def choose_device(float32=False):
     if fast and not float32:
         say(f'device: {name}; bfloat16')
         return device, torch.bfloat16
-    say(f'device: {name}; float32, ' + ('as asked' if float32 else 'as it does not multiply bfloat16'))
+    say(f'device: {name}; float32' + ('' if float32 else ', as it does not multiply bfloat16'))
     return device, torch.float32
 
 
@@ -504,21 +505,21 @@ def draw_regions(curves, radii, title, chance):
 
 # ---------------------------------------------------------------- the tables
 
-# Tables 1 and 2 of the paper, in the order of TASKS' languages, then its average. mBERT*: Hu et al. (2020).
+# Tables 1 and 2 of the paper, in the order of TASKS' languages. mBERT*: Hu et al. (2020).
 PAPER = {
     'pawsx': {
-        'mBERT*': '94.0 85.7 87.4 87.0 73.0 69.6 77.0 82.0',
-        'plain': '93.8 85.8 88.7 89.2 74.4 72.8 79.5 83.5',
-        'adv': '93.6 86.6 89.5 87.8 77.2 76.2 80.9 84.5',
-        'rs_r': '94.7 87.2 89.8 89.6 77.8 78.4 81.8 85.6',
-        'rs_a': '93.6 88.1 88.4 88.6 79.5 77.8 82.2 85.5',
+        'mBERT*': '94.0 85.7 87.4 87.0 73.0 69.6 77.0',
+        'plain': '93.8 85.8 88.7 89.2 74.4 72.8 79.5',
+        'adv': '93.6 86.6 89.5 87.8 77.2 76.2 80.9',
+        'rs_r': '94.7 87.2 89.8 89.6 77.8 78.4 81.8',
+        'rs_a': '93.6 88.1 88.4 88.6 79.5 77.8 82.2',
     },
     'xnli': {
-        'mBERT*': '80.8 64.3 68.0 70.0 65.3 73.5 73.4 58.9 67.8 49.7 54.1 60.9 57.2 69.3 67.8 65.4',
-        'plain': '81.9 65.0 67.6 70.3 66.4 74.3 73.9 59.8 67.8 51.5 54.3 61.3 57.9 70.7 68.5 66.1',
-        'adv': '81.9 64.9 68.3 71.7 66.5 74.4 74.5 59.6 68.8 48.8 50.6 61.7 59.2 70.0 69.4 66.0',
-        'rs_r': '82.4 65.9 68.6 71.0 67.4 74.9 74.1 60.1 69.7 49.3 51.9 60.3 59.4 70.3 69.6 66.3',
-        'rs_a': '80.0 65.5 69.5 71.7 67.6 74.1 73.8 61.5 69.6 51.3 54.8 63.3 60.3 70.4 70.3 66.9',
+        'mBERT*': '80.8 64.3 68.0 70.0 65.3 73.5 73.4 58.9 67.8 49.7 54.1 60.9 57.2 69.3 67.8',
+        'plain': '81.9 65.0 67.6 70.3 66.4 74.3 73.9 59.8 67.8 51.5 54.3 61.3 57.9 70.7 68.5',
+        'adv': '81.9 64.9 68.3 71.7 66.5 74.4 74.5 59.6 68.8 48.8 50.6 61.7 59.2 70.0 69.4',
+        'rs_r': '82.4 65.9 68.6 71.0 67.4 74.9 74.1 60.1 69.7 49.3 51.9 60.3 59.4 70.3 69.6',
+        'rs_a': '80.0 65.5 69.5 71.7 67.6 74.1 73.8 61.5 69.6 51.3 54.8 63.3 60.3 70.4 70.3',
     },
 }
 UNIT = {'xnli': 3}      # items that were not drawn apart: a premise of XNLI has three rows
@@ -626,12 +627,6 @@ def groups(records):
     return found
 
 
-def is_plain(record):
-    """Whether adv's checkpoint is of the plain steps that it began with: it is no adv then."""
-    args = record['args']
-    return args['method'] == 'adv' and record['step'] <= (args.get('plain_steps') or 0)
-
-
 def own(record):
     """What tells a run from others of its method, eps and seed aside: {name: value}."""
     args = record['args'] | {'synonyms': record['files'].get('synonyms')}
@@ -662,7 +657,7 @@ def row_name(label, eps):
 def variants(group):
     """A group's records by method and own arguments, then by rising eps -> {label: {eps: [records]}}.
 
-    In the order of the paper's tables, seeds rising; without an adv whose checkpoint is of its plain steps.
+    In the order of the paper's tables, seeds rising.
     """
     def order(record):
         """Where a record stands."""
@@ -671,9 +666,8 @@ def variants(group):
 
     found = {}
     for record in sorted(group, key=order):
-        if not is_plain(record):
-            by_eps = found.setdefault(label_of(record, group), {})
-            by_eps.setdefault(record['args']['eps'], []).append(record)
+        by_eps = found.setdefault(label_of(record, group), {})
+        by_eps.setdefault(record['args']['eps'], []).append(record)
     return found
 
 
@@ -716,29 +710,30 @@ def oracle(by_eps, langs):
     return torch.cat([scores, scores.mean(-1, keepdim=True)])
 
 
-def paired(robust, plain):
-    """[(robust record, plain record)] of the seeds that both have."""
+def paired(records, plain):
+    """[(record, plain record)] of the seeds that both have."""
     by_seed = {record['args']['seed']: record for record in plain}
-    both = [record for record in robust if record['args']['seed'] in by_seed]
+    both = [record for record in records if record['args']['seed'] in by_seed]
     return [(record, by_seed[record['args']['seed']]) for record in both]
 
 
 def seed_gains(pairs, langs):
     """What each seed gains in accuracy, in points: float64 (seeds, languages + 1), the last the average."""
-    robust, plain = zip(*pairs)
-    return averaged(accuracies(robust, langs) - accuracies(plain, langs))
+    records, plain = zip(*pairs)
+    return averaged(accuracies(records, langs) - accuracies(plain, langs))
 
 
 def item_gains(pairs, lang):
-    """What each test item gains, mean over seeds, from -1 to 1: float64 (items,); (0,) without labels."""
+    """What each test item gains, mean over seeds, from -1 to 1: float64 (items,).
+
+    (0,) where a run has no marks of that language. All have as many items, as `groups` sees to it.
+    """
     rows = []
-    for records in pairs:
-        ours, plain = [record['test_marks'].get(lang) or '' for record in records]
-        if len(ours) != len(plain):
-            names = ', '.join(record['name'] for record in records)
-            raise InputError(f'{names}: {len(ours)} and {len(plain)} test items of {lang}; only runs scored '
-                             'on the same items can be compared')
-        rows.append([int(a) - int(b) for a, b in zip(ours, plain)])
+    for record, plain in pairs:
+        ours, theirs = record['test_marks'].get(lang), plain['test_marks'].get(lang)
+        if not ours or not theirs:
+            return torch.zeros(0, dtype=torch.double)
+        rows.append([int(a) - int(b) for a, b in zip(ours, theirs, strict=True)])
     return torch.tensor(rows, dtype=torch.double).mean(0)
 
 
@@ -768,14 +763,14 @@ def error_of_sum(shares):
     return shares.std() * len(shares) ** 0.5 if len(shares) > 1 else math.nan
 
 
-def gain(robust, plain, langs):
-    """What robust training gains in accuracy -> (points, half): float64 (languages + 1,), the average last.
+def gain(records, plain, langs):
+    """What records gain over plain's in accuracy -> (points, half): float64 (languages + 1,), average last.
 
     points: mean over the seeds that both have. half: half the width of its 95% interval (ours), which covers
     the choice of the items (normal) and, from two seeds on, of the seeds (Student's t). nan without labels or
-    a seed in common; half also from a single item. InputError if the two have different numbers of items.
+    a seed in common; half also from a single item.
     """
-    pairs = paired(robust, plain)
+    pairs = paired(records, plain)
     if not pairs:
         nothing = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
         return nothing, nothing
@@ -893,7 +888,7 @@ def caption(group):
              f'{span(items)} test items a language; {first["dtype"].removeprefix("torch.")}']
     if min([*steps, *items]) < TRIAL:
         lines.append(f'A trial, not a result: {span(steps)} steps, {span(items)} items.')
-    for name in ('source', 'versions', 'device'):
+    for name in MADE_BY:
         values = sorted({json.dumps(record.get(name)) for record in group})
         if len(values) > 1:
             lines.append(f'made with more than one {name}: {", ".join(values)}')
@@ -913,14 +908,12 @@ def table_of(group):
         rows += method_rows(label, by_eps, plain, known, seeds)
         rows += paper_rows(args['task'], label.split()[0], known)
         below += method_notes(label, by_eps, plain, known)
-    for record in filter(is_plain, group):
-        below.append(f'{record["name"]}: left out; its checkpoint, step {record["step"]}, is of the '
-                     f'{record["args"]["plain_steps"]} plain steps that adv began with')
     below += legend(found, [lang for lang in langs if lang not in known])
-    cut = {}
+    cut, longest_input = {}, args['max_length']
     for record in group:
         cut |= record.get('cut', {})
-    below += cut_note(cut, args['max_length'])
+        longest_input = record.get('longest', longest_input)
+    below += cut_note(cut, longest_input)
     return Table(caption(group), [*langs, 'avg.'], rows, below)
 
 
@@ -998,6 +991,11 @@ def check(args, records):
     what, output = named_by_output(args), args.output
     if output and what == 'picture':
         check_picture(output)
+        for record in records[1:]:      # the seeds of a method are drawn as one curve
+            why = ', '.join(differences(records[0], record))
+            if why:
+                both = f'{records[0]["name"]} and {record["name"]}'
+                raise InputError(f'-o {output}: {both} belong in no picture together: {why}')
     if output and what == 'predictions' and len(records) > 1:
         raise InputError(f'-o {output}: one folder for predictions of {named}; name one classifier')
     if output and what == 'table' and Path(output).suffix != '.json':
@@ -1008,10 +1006,11 @@ def find_run(name, args):
     """The record of a run whose model is at hand; for a classifier of other making, one like it."""
     path = Path(name)
     if args.task and not (path / 'results.json').exists():
-        trained = {'task': args.task, 'method': path.name, 'eps': None, 'layer': None, 'max_length': 128,
+        trained = {'task': args.task, 'method': name, 'eps': None, 'layer': None, 'max_length': 128,
                    'max_eval': None}
-        return {'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
-                'test_marks': dict.fromkeys(TASKS[args.task].languages)}
+        marks = dict.fromkeys(TASKS[args.task].languages)
+        return {'name': name, 'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
+                'test_marks': marks}
     if path.is_file():
         raise InputError(f'{name}: results without their models; to measure anew, name run folders')
     record, = read_records([name])

@@ -20,10 +20,12 @@ What the paper leaves open, and what is done here:
   under the usual [CLS] head, noise on the last layer has no effect anywhere else.
 - The norm is L-inf per coordinate (paper, section 4): each of a word's H coordinates moves by at
   most eps. eps is in the units of that layer's activations.
+- The sign of delta is Eq. 1's, E_tgt = E_src + delta; the line of the paper that defines it has the other.
 
 A batch is a dict of tensors: `input_ids` and `attention_mask` (B, T), `labels` (B,). delta is
-float32 (B, T, H). It is drawn from a generator of its own, so that dropout sees the same random
-stream whatever the method: with eps = 0, `adv` and `rs_r` are `plain` to the last bit.
+float32 (B, T, H). Drawn from a `generator` of its own, as `Objective` does, it leaves dropout the same
+random stream whatever the method: with eps = 0, `adv` and `rs_r` are then `plain` to the last bit. Without
+one it takes torch's own stream.
 """
 
 import contextlib

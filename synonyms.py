@@ -167,13 +167,13 @@ class Copies(Sequence):
 
 
 def changed_share(copies, sample=1000):
-    """The share of words that the copies changed, 0 to 1: of `sample` rows evenly spread over the copies.
+    """The share of words that the copies changed, 0 to 1: of `sample` copies drawn at random.
 
     Words are what blanks separate, punctuation included, as in the authors' code.
     """
     words = changed = 0
-    step = max(1, len(copies) // sample)
-    for row in range(0, len(copies), step):
+    rows = random.Random(0).sample(range(len(copies)), min(sample, len(copies)))
+    for row in rows:
         before = copies.pairs[row % len(copies.pairs)]
         after = copies[row]
         for old, new in zip(before[:2], after[:2]):
@@ -250,7 +250,7 @@ def main():
         help='-o: neighbours of a word, at most (default: %(default)s)')
     add('--bound', type=in_range(float, 0), default=0.5,
         help='-o: squared Euclidean distance, at most (default: %(default)s)')
-    add('--p', type=in_range(float, 0, 1 + 1e-9), default=0.1,
+    add('--p', type=in_range(float, 0, 1 + 1e-9, said='0 to 1'), default=0.1,
         help='--show: probability that a word is replaced (default: %(default)s)')
     add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
     add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')

@@ -44,15 +44,14 @@ from torch.utils.data import DataLoader
 import evaluate
 import robust
 import synonyms
-from data import (NEIGHBOURS, TASKS, InputError, describe, digest, fetch_neighbours, in_range, languages_of,
-                  path_of, prepare, progress, read_pairs, replacing, run_script, share)
+from data import (NEIGHBOURS, TASKS, InputError, copy_permissions, describe, digest, fetch_neighbours,
+                  in_range, languages_of, path_of, prepare, progress, read_pairs, replacing, run_script)
 
 # XTREME: its published scripts; authors: uclanlp/Robust-XLT, which has RS-A alone. The sample's are ours.
 DEFAULTS = {
     #                     pawsx   xnli    sample      source of the first two
     'lr':                (2e-5,   2e-5,   1e-3),    # XTREME, authors
     'epochs':            (5,      2,      4),       # XTREME's script, XTREME's paper
-    'epochs_rs_a':       (3,      1,      0.4),     # authors: over the augmented data
     'batch':             (32,     32,     64),      # XTREME, authors: 8 x 4 accumulated
     'warmup':            (0.0,    0.0,    0.05),    # XTREME, authors
     'eval_steps':        (200,    1000,   250),     # XTREME, authors
@@ -60,17 +59,18 @@ DEFAULTS = {
     'freeze_embeddings': (False,  False,  True),    # XTREME, authors
     'float32':           (False,  False,  True),    # ours
 }
+EPOCHS_RS_A = (3, 1, 0.4)               # authors: over the augmented data; the sample's is ours
 EPS = {'adv': [0.001], 'rs_r': [0.1]}               # ours; the paper searches 0.001, 0.01, 0.1 and 1.0
 # What decides a run. What its method does not use is null in its record.
 DECIDE = ('task', 'method', 'seed', 'eps', 'layer', 'adv_steps', 'plain_steps', 'm', 'p', 'replace',
           'english_only', 'epochs', 'lr', 'warmup', 'batch', 'max_length', 'eval_steps', 'max_steps',
           'max_train', 'max_eval', 'freeze_embeddings')
 PATHS = ('model', 'data', 'synonyms', 'out')
-MADE_BY = ('versions', 'source', 'device')      # decides nothing, but is said where it changes
 
 POOL = 64               # batches that are sorted by length together (ours)
 LOOK = 100              # steps between two looks at the loss: each waits for the GPU (ours)
-STATE_SECONDS = 300     # of training that a stopped run loses at most, beyond its last dev evaluation (ours)
+# A dev evaluation saves the state if it is the best, the last, or this long after the state before (ours).
+STATE_SECONDS = 300
 SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'distance.py')
 
 
@@ -88,7 +88,7 @@ def parse_args(words=None):
         """A flag whose default depends on the task; None where it is not given."""
         defaults = ', '.join(f'{task} {value}' for task, value in zip(TASKS, DEFAULTS[name]))
         if name == 'epochs':
-            defaults += '; rs_a, over its copies: {}, {}, {}'.format(*DEFAULTS['epochs_rs_a'])
+            defaults += '; rs_a, over its copies: {}, {}, {}'.format(*EPOCHS_RS_A)
         add('--' + name.replace('_', '-'), help=f'{text} (default: {defaults})', **options)
 
     add = parser.add_argument_group('what to run').add_argument
@@ -106,7 +106,8 @@ def parse_args(words=None):
 
     add = parser.add_argument_group('the method').add_argument
     add('--layer', type=int, default=0,
-        help='adv, rs_r: where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last (default: 0)')
+        help='adv, rs_r: where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last (default: 0); '
+        'with any but 0 all runs of the command are float32')
     add('--adv-steps', type=count, default=1, help='adv: sign steps of the inner maximisation (default: 1)')
     by_task(add, 'plain_steps', 'adv: begin with N steps of plain training', type=whole, metavar='N')
     add('--m', type=count, default=10, help='rs_a: augmented copies of each pair (default: 10, the paper\'s)')
@@ -116,7 +117,7 @@ def parse_args(words=None):
         help='rs_a: each word with probability p; or every word, uniform over itself and its synonyms '
         '(default: paper)')
     add('--english-only', action='store_true',
-        help='rs_a: only synonyms that occur in the English training file')
+        help='rs_a: only synonyms that occur in the English training pairs')
     add('--synonyms', metavar='FILE', help='rs_a: neighbour file (default: the authors\', fetched into DATA)')
 
     add = parser.add_argument_group('training').add_argument
@@ -166,11 +167,10 @@ def run_of(args, method, eps, seed):
     run = copy.copy(args)
     run.method, run.eps, run.seed = method, eps, seed
     for name, by_task in DEFAULTS.items():
-        if getattr(run, name, None) is None:
+        if name == 'epochs' and method == 'rs_a':
+            by_task = EPOCHS_RS_A
+        if getattr(run, name) is None:
             setattr(run, name, dict(zip(TASKS, by_task))[run.task])
-    if args.epochs is None and method == 'rs_a':
-        run.epochs = run.epochs_rs_a
-    del run.epochs_rs_a
     run.model = run.model or evaluate.default_model(run.task, run.data)
     if method != 'rs_a':
         run.synonyms = None
@@ -187,15 +187,20 @@ def run_of(args, method, eps, seed):
 
 
 def note_unused(args):
-    """Say which flags of a method were given though no method of the command takes them."""
-    taken, every = set(), set()
+    """Say which flags of a method were given without effect, as no method of the command takes them."""
+    taken, every = set(), {'synonyms'}
     for method, names in robust.METHODS.items():
         every.update(names)
-        taken.update(names if method in args.method else ())
+        if method in args.method:
+            taken.update(names)
+    if 'rs_a' in args.method:
+        taken.add('synonyms')
+    if args.replace == 'authors':
+        taken.discard('p')
     defaults = parse_args(['--task', args.task, '--method', *args.method])
     for name in sorted(every - taken):
         if getattr(args, name) != getattr(defaults, name):
-            evaluate.say(f'--{name.replace("_", "-")}: not used, {" ".join(args.method)} has no such argument')
+            evaluate.say(f'--{name.replace("_", "-")}: without effect on {" ".join(args.method)}')
 
 
 def name_of(args):
@@ -216,7 +221,8 @@ def steps_of(args, pairs):
 def plan(pairs, tokenizer, args):
     """The batch of every step, before the first one: a list of lists of row numbers, from the seed.
 
-    Each epoch has all rows (RS-A's: m copies of each pair) in an order of its own. Pairs of like length
+    Each epoch has all rows (RS-A's: m copies of each pair) in an order of its own, and the next one follows
+    without a break. Pairs of like length
     share a batch, which is padded to its longest (ours): pools of 64 batches are sorted by token count, a
     copy by that of the original pair, and their batches come in random order.
     """
@@ -284,8 +290,9 @@ def learning_rate(step, steps, args):
 def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, title='training'):
     """min_f of the objective over X_src (section 3): the one training loop, whatever the method.
 
-    `pairs` is X_src, `copies` RS-A's m copies of it. Gradient norm clipped at 1.0 (XTREME, authors). Writes the checkpoint with the best English dev accuracy and the state to args.out.
-    Returns that part of the record.
+    `pairs` is X_src, `copies` RS-A's m copies of it. Gradient norm clipped at 1.0 (XTREME, authors). Writes
+    the checkpoint with the best English dev accuracy and the state to args.out. Returns that part of the
+    record.
     """
     rank, world = rank_and_world()
     batches = plan(pairs, tokenizer, args)
@@ -334,8 +341,8 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
             accuracy = dev_accuracy(model, tokenizer, dev, dtype, max_length)
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
             # A checkpoint is a method's only if the method made it: adv's plain steps do not count.
-            own = args.method != 'adv' or step > args.plain_steps
-            best = own and accuracy > state['best_dev']         # strictly greater, as XTREME
+            counts = args.method != 'adv' or step > args.plain_steps
+            best = counts and accuracy > state['best_dev']         # strictly greater, as XTREME
             if best:
                 state['best_dev'], state['best_step'] = accuracy, step
                 # Before the state: a run killed between the two makes the same checkpoint again.
@@ -402,7 +409,7 @@ def save_checkpoint(model, tokenizer, out):
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        share(part)
+        copy_permissions(part)
         for file in part.iterdir():
             os.replace(file, Path(out) / file.name)
     finally:
@@ -459,10 +466,12 @@ def status_of(out, beginning):
     if (folder / 'results.json').exists():
         held = evaluate.read_records([out])[0]
         refuse_other(out, held, beginning, ())
+        if held['dtype'] != beginning['dtype']:
+            evaluate.say(f'{out}: finished in {held["dtype"]}, not {beginning["dtype"]}')
         more = [name for name in beginning['files'] if name.startswith('test-') and name not in held['files']]
         if more:
-            evaluate.say(f'{out}: finished without {", ".join(more)}, which `python evaluate.py {out} --langs` '
-                         'scores')
+            command = f'`python evaluate.py {out} --langs`'
+            evaluate.say(f'{out}: finished without {", ".join(more)}, which {command} scores')
         return 'finished'
     if (folder / 'state.pt').exists():
         try:
@@ -470,7 +479,7 @@ def status_of(out, beginning):
             refuse_other(out, held, beginning, ('dtype', 'processes'))
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f'{folder / "args.json"}: not what train.py wrote; {another}') from None
-        for name in MADE_BY:
+        for name in evaluate.MADE_BY:
             if held.get(name) != beginning[name]:
                 evaluate.say(f'{out}: began with other {name}: {held.get(name)}, now {beginning[name]}')
         return 'to be resumed'
@@ -491,7 +500,7 @@ def refuse_other(out, held, beginning, more):
 
 
 def peak_memory(device):
-    """Peak memory in GiB: the GPU's allocations, or this process's resident set. None where not known."""
+    """Peak memory in GiB: the GPU's allocations, or this process's resident set since it began, or None."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if resource is None:
@@ -507,7 +516,7 @@ class Inputs(NamedTuple):
     pairs: list         # X_src
     dev: list           # English dev
     langs: list         # to score
-    files: dict         # name -> digest
+    files: dict         # name -> digest; of the encoder also its dropout
     copies: dict        # run folder of an rs_a -> its synonyms.Copies
     device: torch.device
     dtype: torch.dtype
@@ -533,6 +542,8 @@ def read_inputs(args, runs, device, dtype):
     layer = args.layer if any(run.layer for run in runs) else 0
     model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
+    drops = {name: value for name, value in model.config.to_dict().items() if 'drop' in name}
+    files['dropout'] = json.dumps(drops, sort_keys=True)        # no part of the weights, but of the training
     copies = {}
     for run in runs:
         steps = steps_of(run, len(pairs))
@@ -570,6 +581,7 @@ def train_and_score(args, beginning, inputs, title):
     torch.manual_seed(args.seed)
     if inputs.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
+    peak_before = peak_memory(inputs.device)
     model, tokenizer = evaluate.load_encoder(args.model, args.task, args.freeze_embeddings, args.layer or 0)
     if rank_and_world()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -577,7 +589,10 @@ def train_and_score(args, beginning, inputs, title):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if (out / 'state.pt').exists():         # what began the run stays, what goes on with it is added
             began_with = json.loads((out / 'args.json').read_text(encoding='utf-8'))
-            beginning = began_with | {'resumed_with': {name: beginning[name] for name in MADE_BY}}
+            more = {'resumed_with': {name: beginning[name] for name in evaluate.MADE_BY}}
+            more['paths'] = beginning['paths']
+            more['files'] = began_with['files'] | beginning['files']
+            beginning = began_with | more
         else:
             write_json(out / 'args.json', beginning)
     model.to(inputs.device)
@@ -600,9 +615,11 @@ def train_and_score(args, beginning, inputs, title):
     record['dev_all'] = {lang: evaluate.accuracy(row['marks']) for lang, row in dev.items()}
     record['answers'] = {lang: row['answers'] for lang, row in test.items()}
     record['cut'] = {lang: row['cut'] for lang, row in test.items()}
+    record['longest'] = max_length
     for note in evaluate.cut_note(record['cut'], max_length):
         evaluate.say(note)
-    record['peak_memory_gib'] = peak_memory(inputs.device)
+    peak = peak_memory(inputs.device)
+    record['peak_memory_gib'] = peak if peak != peak_before else None       # an earlier run's, then
     record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
