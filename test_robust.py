@@ -59,7 +59,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope='session', autouse=True)
 def begun(request, tmp_path_factory):
-    """The runs of `trained`, if a test needs them: they begin first, and go on beside the other tests."""
+    """The runs of `trained`, if a test needs them: they begin first, and have what the other tests leave."""
     processes = {}
     methods = {}
     if any('trained' in item.fixturenames for item in request.session.items):
@@ -71,7 +71,7 @@ def begun(request, tmp_path_factory):
         flags += ' --max-steps 1000 --eval-steps 500 --max-eval 1000'
         with open(folder / 'log', 'w') as log:
             process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags.split()], env=ENVIRONMENT,
-                                       stdout=log, stderr=log)
+                                       stdout=log, stderr=log, preexec_fn=lambda: os.nice(19))
         processes[name] = process, folder
     yield processes
     for process, _ in processes.values():
