@@ -9,7 +9,7 @@
 
 The tables need no model and no data: a record holds which items were right. All else is measured when it is
 asked for, and printed. A run is never written to; `-o` alone says what is written, and where. A file without
-labels is never scored: its language shows '-' and is not in the average.
+labels has predictions but no score: its language shows '-' and is not in the average.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def fingerprint(model, tokenizer):
 
 
 def longest(model, tokenizer, max_length):
-    """How many tokens an input may have: max_length, or the encoder's positions, which is then said."""
+    """How many tokens an input may have: max_length, or what encoder and tokenizer take, then said."""
     most = tokenizer.model_max_length
     for name, module in model.base_model.named_modules():
         if name.endswith('position_embeddings') and isinstance(module, torch.nn.Embedding):
@@ -238,13 +238,13 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
         votes = 0
         for _ in range(passes):
             noise = contextlib.nullcontext()
-            if delta:       # not in bfloat16: rounded logits would let a sure classifier's gradient vanish
+            if delta:   # found outside of autocast: rounded logits let a sure classifier's gradient vanish
                 noise = robust.perturbed(model, delta(inputs, labels), layer)
             autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
             with noise, autocast, torch.inference_mode():
                 logits = model(**inputs).logits.float()
             votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
-            votes = votes + logits.softmax(-1) / (passes + 1)       # all passes together less than one vote
+            votes = votes + logits.softmax(-1) / (passes + 1)       # breaks ties: in all less than one vote
         counted.append(votes)
     votes = torch.cat(counted)      # looked at and copied from the GPU at the end: each batch would wait
     if not votes.isfinite().all():
@@ -601,7 +601,7 @@ def apart(record, group):
 
 
 def counted(record, group):
-    """Whether the same run is in a group that the record fits: the folder whose line it is, for instance."""
+    """Whether this run is in the group already, as where a folder and a .jsonl with its line are named."""
     for other in group:
         if record['args'] == other['args'] and own(record) == own(other):
             if record['test_marks'] != other['test_marks']:
@@ -749,7 +749,7 @@ def item_errors(pairs, langs):
     for column, lang in enumerate(langs):
         gains = item_gains(pairs, lang)
         if len(gains) > 0:
-            shares = 100 * (gains - gains.mean()) / len(gains)      # they add up to the mean's error
+            shares = 100 * (gains - gains.mean()) / len(gains)     # each item's part of the mean, centred
             shares = torch.stack([part.sum() for part in shares.split(unit)])
             columns.append(shares)
             errors[column] = error_of_sum(shares)
@@ -768,7 +768,7 @@ def gain(records, plain, langs):
 
     points: mean over the seeds that both have. half: half the width of its 95% interval (ours), which covers
     the choice of the items (normal) and, from two seeds on, of the seeds (Student's t). nan without labels or
-    a seed in common; half also from a single item.
+    a seed in common; half also from a single unit.
     """
     pairs = paired(records, plain)
     if not pairs:

@@ -5,8 +5,8 @@ Each takes a model and a batch and returns the loss to call `backward()` on:
     paper                                        here
     f(Enc(x))                                    `model(**batch)`, a Hugging Face sequence classifier
     L(f(Enc(x)), y)                              `plain`   (3.1, the normal training)
-    max over |delta_i| <= eps of L(., y)         `adv`     (3.1, adversarial training)
-    P_delta(L(g(Enc(x) + delta), y))             `rs_r`    (3.2, random perturbation; the mean over delta)
+    max over |delta_i| <= eps of L(., y)         `adv`     (3.1; the max by a few sign steps)
+    P_delta(L(g(Enc(x) + delta), y))             `rs_r`    (3.2; the mean over delta by one draw a call)
     x' = x with words replaced by synonyms       `rs_a`    (3.2, data augmentation)
     f(Enc(x) + delta), Eq. 1                     `with perturbed(model, delta, layer): model(**batch)`
 
@@ -45,7 +45,7 @@ def plain(model, batch):
 
 
 def adv(model, batch, *, eps, steps=1, layer=0, generator=None):
-    """max over |delta_i| <= eps of L(f(Enc(x) + delta), y): the loss at the worst point only (3.1)."""
+    """max over |delta_i| <= eps of L(f(Enc(x) + delta), y): the loss at `worst_delta` only (3.1)."""
     delta = worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
     with perturbed(model, delta, layer):
         return plain(model, batch)

@@ -5,8 +5,8 @@
     python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
 A run folder holds, in the order in which it is written: args.json, what decides the run; a Hugging Face
-checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on; predictions/;
-and at the end results.json, one line, never changed after: with it the run is finished. The same command
+checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on, gone at the end;
+predictions/; and results.json, one line, never changed after: with it the run is finished. The same command
 given again skips what is finished and goes on with what was stopped. Several GPUs:
 torchrun --nproc_per_node N train.py ...
 """
@@ -102,7 +102,7 @@ def parse_args(words=None):
         help='of every random draw (default: 42)')
     add('--model', help=f'any Hugging Face encoder, a name or a folder (default: {evaluate.MBERT}; '
         'sample: its own)')
-    add('--dry-run', action='store_true', help='look at all that the runs will read, list them, and stop')
+    add('--dry-run', action='store_true', help='fetch and look at all that the runs read, list them, stop')
 
     add = parser.add_argument_group('the method').add_argument
     add('--layer', type=int, default=0,
@@ -222,21 +222,21 @@ def plan(pairs, tokenizer, args):
     """The batch of every step, before the first one: a list of lists of row numbers, from the seed.
 
     Each epoch has all rows (RS-A's: m copies of each pair) in an order of its own, and the next one follows
-    without a break. Pairs of like length
-    share a batch, which is padded to its longest (ours): pools of 64 batches are sorted by token count, a
-    copy by that of the original pair, and their batches come in random order.
+    without a break. Pairs of like length share a batch, which is padded to its longest (ours): pools of 64
+    batches are sorted by token count, a copy by that of the original pair, and come in random order.
     """
     steps = steps_of(args, len(pairs))
     rows = len(pairs) * (args.m or 1)
     pool_rows = POOL * args.batch
     wanted = math.ceil(Fraction(str(args.epochs)) * rows)
-    wanted = min(wanted, math.ceil(steps / POOL) * pool_rows)       # only the steps that will run
+    wanted = min(wanted, math.ceil(steps / POOL) * pool_rows)       # only the pools of the steps that run
     generator = torch.Generator().manual_seed(args.seed)
     order = []
     while len(order) < wanted:
         order += torch.randperm(rows, generator=generator).tolist()
     order = order[:wanted]
 
+    # row = copy * len(pairs) + pair, as in synonyms.Copies.
     tokens = count_tokens(pairs, tokenizer, sorted({row % len(pairs) for row in order}))
     batches = []
     for start in range(0, wanted, pool_rows):
@@ -291,8 +291,7 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
     """min_f of the objective over X_src (section 3): the one training loop, whatever the method.
 
     `pairs` is X_src, `copies` RS-A's m copies of it. Gradient norm clipped at 1.0 (XTREME, authors). Writes
-    the checkpoint with the best English dev accuracy and the state to args.out. Returns that part of the
-    record.
+    the checkpoint best by English dev accuracy and the state to args.out; returns that part of the record.
     """
     rank, world = rank_and_world()
     batches = plan(pairs, tokenizer, args)
@@ -342,7 +341,7 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
             # A checkpoint is a method's only if the method made it: adv's plain steps do not count.
             counts = args.method != 'adv' or step > args.plain_steps
-            best = counts and accuracy > state['best_dev']         # strictly greater, as XTREME
+            best = counts and accuracy > state['best_dev']      # strictly greater, as XTREME
             if best:
                 state['best_dev'], state['best_step'] = accuracy, step
                 # Before the state: a run killed between the two makes the same checkpoint again.
@@ -384,7 +383,7 @@ def adamw(model, args):
 
 
 def check_losses(losses, step, batches, pairs, state, args):
-    """Raise InputError if one of the last losses, up to that of `step`, is not finite; of so many pairs."""
+    """Raise InputError if one of the last losses, up to that of `step`, is not finite; pairs: how many."""
     for number, loss in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
         if math.isfinite(loss):
             continue
@@ -460,7 +459,7 @@ def beginning_of(args, files, dtype):
 
 
 def status_of(out, beginning):
-    """'finished', 'to be resumed' or 'new'. Raises InputError if the folder holds another run, or none."""
+    """'finished', 'to be resumed' or 'new'. InputError for another run's result or state, or other files."""
     folder = Path(out)
     another = 'name another folder with --out'
     if (folder / 'results.json').exists():
@@ -702,7 +701,7 @@ class CheapDropout(TorchFunctionMode):
 
     @staticmethod
     def dropout(input, p=0.5, training=True, inplace=False):
-        """As torch.nn.functional.dropout."""
+        """As torch.nn.functional.dropout, but never in place."""
         if not training or not 0 < p < 1:
             return functional.dropout(input, p, training, inplace)
         draws = torch.empty(math.ceil(input.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
