@@ -5,7 +5,8 @@
 XTREME's and the authors' way: float32, every pair padded to 128 tokens, tokenised ahead, batches of 8
 accumulated to 32. The floor: plain's matrix products, as torch counts them, and AdamW's traffic, at the rates
 at which this very machine multiplies large matrices and copies memory. All are timed in turn, on the same
-pairs, three times; the medians are printed. No training result is kept.
+pairs, three times; the medians are printed, on a GPU with each method's peak memory. No training result is
+kept.
 """
 
 import copy
@@ -23,7 +24,7 @@ import train
 from data import run_script
 
 ROUNDS = 3
-STEPS = 300 if torch.cuda.is_available() else 16
+STEPS = 128 if torch.cuda.is_available() else 16
 
 
 def xtreme_way(args, pairs):
@@ -91,7 +92,7 @@ def rates_of(device, dtype):
 
 
 def ours(run, inputs, folder):
-    """This program's way -> pairs per second of training with the run's method."""
+    """This program's way -> pairs per second of training with the run's method, peak memory in GiB."""
     run = copy.copy(run)
     run.max_steps = run.eval_steps = STEPS
     copies = inputs.copies.get(run.out)
@@ -99,8 +100,10 @@ def ours(run, inputs, folder):
     with tempfile.TemporaryDirectory(dir=folder) as run.out:
         model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
         model.to(inputs.device)
+        if inputs.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
         found = train.train(model, tokenizer, pairs, pairs[:1], run, copies, inputs.dtype, run.method)
-    return found['pairs_per_second']
+    return found['pairs_per_second'], train.peak_memory(inputs.device)
 
 
 def one_round(runs, inputs, folder):
@@ -118,8 +121,9 @@ def one_round(runs, inputs, folder):
     started = time.perf_counter()
     evaluate.predict(model, tokenizer, chosen, dtype=inputs.dtype, max_length=max_length)
     found['evaluation'] = len(chosen) / (time.perf_counter() - started)
+    del model           # else it would count in the peaks
     for run in runs:
-        found[f'training, {run.method}'] = ours(run, inputs, folder)
+        found[f'training, {run.method}'], found[f'memory, {run.method}'] = ours(run, inputs, folder)
     return found
 
 
@@ -136,6 +140,7 @@ def main():
     for name in rounds[0]:
         rates[name] = sorted(found[name] for found in rounds)[ROUNDS // 2]
     forward, moved, products, copies = (rates.pop(name) for name in ('forward', 'moved', 'products', 'copies'))
+    peaks = {name: rates.pop(name) for name in list(rates) if name.startswith('memory')}
     print(f'floor: 3 x {forward / 1e9:.3g} GFLOP a pair at {products / 1e9:.3g} GFLOP/s, {moved / 1e9:.3g} GB a step '
           f'at {copies / 1e9:.3g} GB/s')
     step = moved / copies / runs[0].batch
@@ -147,6 +152,8 @@ def main():
             line += f', {rate / floor[name]:4.0%} of the floor ({floor[name]:.0f})'
         elif kind == 'training' and 'training, plain' in rates and not name.endswith('XTREME'):
             line += f', {rates["training, plain"] / rate:5.2f} times the step of plain'
+        if inputs.device.type == 'cuda' and kind == 'training' and not name.endswith('XTREME'):
+            line += f', {peaks[name.replace("training", "memory")]:.1f} GiB at most'
         print(line)
 
 
