@@ -519,7 +519,7 @@ def coverage_table(results):
 
 class Gain(NamedTuple):
     """What a method gains over plain in each language, at the eps chosen by English dev."""
-    name: str           # method and eps
+    name: str           # method and eps, and a † where a run gives nearly one answer alone
     seeds: int
     points: list        # of accuracy, a language each; nan where there are no labels
     half: list          # half the width of the 95% interval
@@ -564,8 +564,10 @@ def gains(found, by_lang):
         points, half = [values.tolist()[:-1] for values in evaluate.gain(by_eps[eps], plain, langs)]
         labelled = [(by_lang[lang], value) for lang, value in zip(langs, points) if not math.isnan(value)]
         rank = rank_correlation([pair[0] for pair in labelled], [pair[1] for pair in labelled])
-        seeds = len(evaluate.paired(by_eps[eps], plain))
-        rows.append(Gain(evaluate.row_name(label, eps), seeds, points, half, rank))
+        name, pairs = evaluate.row_name(label, eps), evaluate.paired(by_eps[eps], plain)
+        if any(map(evaluate.one_answer, itertools.chain(*pairs))):
+            name += ' †'
+        rows.append(Gain(name, len(pairs), points, half, rank))
     return langs, rows
 
 
@@ -612,6 +614,10 @@ def gain_table(results, langs, rows, records):
         above.append('The distances are of another encoder than these runs began with.')
     below = [f'{row.name}: {row.seeds} seed{"s" * (row.seeds > 1)}, as plain' for row in rows]
     below.append('rank correlation of gain and distance: Spearman; p: by permutation, two-sided')
+    if any(row.name.endswith('†') for row in rows):
+        share = f'{100 * evaluate.ONE_ANSWER:.0f}%'
+        below.append(f'†: a run of it or of plain gives one answer for {share} or more of the English '
+                     'items: it loses most where plain is best, whatever the distance')
     return evaluate.Table(above, ['distance', *(row.name for row in rows)], lines, below)
 
 

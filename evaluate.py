@@ -635,14 +635,19 @@ def own(record):
 
 
 def label_of(record, group):
-    """The method, what tells the run from others of it, and how adv began: 'adv layer=1 (from the start)'."""
+    """The method, what tells the run from others of it, and how adv began: 'adv layer=1 (from the start)'.
+
+    A setting that is off is not named.
+    """
     parts = [record['args']['method']]
     others = [own(other) for other in group if other['args']['method'] == parts[0]]
     for name, value in own(record).items():
         if name == 'plain_steps':
             parts.append(f'({value} plain steps first)' if value else '(from the start)')
+        elif value is None or value is False:
+            continue
         elif any(other[name] != value for other in others):
-            parts.append(f'{name}={value}')
+            parts.append(name if value is True else f'{name}={value}')
     return ' '.join(parts)
 
 
@@ -678,9 +683,15 @@ def mean_dev(records):
     return sum(record['dev'] for record in records) / len(records)
 
 
+def rivals(by_eps):
+    """The eps that may be chosen, those with the most seeds (ours): a mean over fewer may be luck."""
+    most = max(map(len, by_eps.values()))
+    return {eps: records for eps, records in by_eps.items() if len(records) == most}
+
+
 def chosen_eps(by_eps):
     """The eps with the best English dev accuracy, mean over seeds (paper, section 4); of equals the first."""
-    return max(by_eps, key=lambda eps: mean_dev(by_eps[eps]))
+    return max(rivals(by_eps), key=lambda eps: mean_dev(by_eps[eps]))
 
 
 def accuracies(records, langs, field='test_marks'):
@@ -703,8 +714,9 @@ def oracle(by_eps, langs):
 
     nan where not every run has dev scores of that language; the average is then nan too.
     """
-    dev = torch.stack([accuracies(records, langs, 'dev_marks').mean(0) for records in by_eps.values()])
-    test = torch.stack([accuracies(records, langs).mean(0) for records in by_eps.values()])
+    choice = rivals(by_eps).values()
+    dev = torch.stack([accuracies(records, langs, 'dev_marks').mean(0) for records in choice])
+    test = torch.stack([accuracies(records, langs).mean(0) for records in choice])
     best = dev.max(0)       # nan where one is nan
     scores = test.gather(0, best.indices[None])[0] + 0 * best.values
     return torch.cat([scores, scores.mean(-1, keepdim=True)])
@@ -795,11 +807,11 @@ def method_rows(label, by_eps, plain, langs, seeds):
     plain: the records to compare with, none for plain itself. seeds: how many there are in the table.
     """
     rows = []
-    columns, chosen = [*langs, 'avg.'], chosen_eps(by_eps)
+    columns, chosen, choice = [*langs, 'avg.'], chosen_eps(by_eps), len(rivals(by_eps))
     for eps, records in by_eps.items():
         scores = averaged(accuracies(records, langs))
         name = row_name(label, eps)
-        if eps == chosen and len(by_eps) > 1:
+        if eps == chosen and choice > 1:
             name += ', chosen'
         if len(records) < seeds:
             name += f', n={len(records)}'
@@ -816,7 +828,7 @@ def method_rows(label, by_eps, plain, langs, seeds):
                 cells[column] = '-' if half.isnan() else f'{points:+.1f} ±{half:.1f}'
             rows.append(('  gain over plain', cells))
         best = as_cells(columns, oracle(by_eps, langs))
-        if len(by_eps) > 1 and best:
+        if choice > 1 and best:
             rows.append(('  oracle eps', best))
     return rows
 
@@ -857,8 +869,9 @@ def paper_rows(task, name, langs):
 def legend(found, missing):
     """The notes that explain the rows of a table, {label: {eps: records}}, and missing languages."""
     notes = []
-    if max(map(len, found.values()), default=0) > 1:
-        notes.append('chosen: by English dev; oracle eps: each language takes the best on its own dev file')
+    if any(len(rivals(by_eps)) > 1 for by_eps in found.values()):
+        notes.append('chosen: by English dev, of the eps with the most seeds; oracle eps: of these each '
+                     'language takes the best on its own dev file')
     if 'plain' in found and len(found) > 1:
         notes.append('±: 95%, over the choice of items (paired; three rows of an XNLI premise are one) and, '
                      'from two seeds on, of seeds (paired, t)')

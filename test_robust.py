@@ -1757,6 +1757,28 @@ def test_every_eps_is_a_row_and_english_dev_chooses():
     assert '  oracle eps' not in table_of(*runs)[0]
 
 
+def test_an_eps_of_fewer_seeds_is_shown_but_not_chosen():
+    runs = [record('plain', None, seed, '1100') for seed in (1, 2)]
+    runs += [record('rs_r', 0.01, seed, '1110', dev=60, dev_marks={'x1': '0'}) for seed in (1, 2)]
+    runs.append(record('rs_r', 1.0, 1, '1111', dev=70, dev_marks={'x1': '1'}))
+    rows, _, below = table_of(*runs)
+    assert list(rows) == ['plain', '  sd of 2 seeds', 'rs_r 0.01', '  gain over plain', 'rs_r 1, n=1']
+    assert 'rs_r, each seed: +25.0 +25.0' in below and not any(note.startswith('chosen') for note in below)
+    more = [record('rs_r', 0.1, seed, '1000', dev=65, dev_marks={'x1': '0'}) for seed in (1, 2)]
+    rows, _, below = table_of(*runs, *more)
+    assert 'rs_r 0.1, chosen' in rows and 'rs_r 1, n=1' in rows and any(note.startswith('chosen') for note in below)
+    assert rows['  oracle eps'] == ['75.0'] * 8             # among the two of two seeds; x1 is best with 1.0, of one
+
+
+def test_a_label_names_what_tells_a_run_apart_and_nothing_that_is_off():
+    runs = [record('rs_a', None, 1, '10', english_only=False), record('rs_a', None, 1, '11', english_only=True),
+            record('rs_a', None, 1, '01', english_only=False, replace='authors', p=None)]
+    assert list(evaluate.variants(runs)) == ['rs_a p=0.1 replace=paper', 'rs_a p=0.1 replace=paper english_only',
+                                             'rs_a replace=authors']
+    layers = [record('rs_r', 0.1, 1, '10', layer=layer) for layer in (0, 1)]
+    assert list(evaluate.variants(layers)) == ['rs_r layer=0', 'rs_r layer=1']
+
+
 def test_records_that_do_not_belong_together_get_tables_of_their_own_and_are_told_apart(capsys):
     a, b = record('plain', None, 1, '10', name='a'), record('plain', None, 2, '10', name='b', max_steps=9)
     runs = [record('rs_a', None, 1, '11', name='c', epochs=3.0), a, b, record('adv', 0.1, 1, '01', name='e', adv_steps=3),
@@ -2705,6 +2727,23 @@ PLAIN = [run_of('plain', seed, [90, 70, 60, 50 + seed]) for seed in (1, 2)]
 ROBUST = [run_of('rs_r', seed, [90, 71, 64, 56 + seed], eps=0.1) for seed in (1, 2)]
 WORSE = [run_of('rs_r', seed, [90, 90, 60, 50], eps=1.0) | {'dev': 70.0} for seed in (1, 2)]
 FLAT = [run_of('rs_a', seed, [91, 71, 61, 51 + seed]) for seed in (1, 2)]
+
+
+def test_gains_of_a_run_that_learned_nothing_are_marked():
+    plain, adv, rs_r = record('plain', None, 1, '1100'), record('adv', 0.1, 1, '1110'), record('rs_r', 0.1, 1, '1010')
+    by_lang = {lang: float(lang[1]) for lang in LANGS if lang != 'en'}
+    results = {'languages': {lang: {'distance': far} for lang, far in by_lang.items()}, 'files': {'model': '3'}}
+
+    def table(*runs):
+        langs, rows = distance.gains(evaluate.variants(runs), by_lang)
+        return [row.name for row in rows], '\n'.join(distance.gain_table(results, langs, rows, runs).below)
+    names, below = table(plain, adv, rs_r)
+    assert names == ['adv 0.1 (from the start)', 'rs_r 0.1'] and '†' not in below
+    adv['answers'] = {'en': [19, 1]}
+    names, below = table(plain, adv, rs_r)
+    assert names == ['adv 0.1 (from the start) †', 'rs_r 0.1'] and '†: a run of it or of plain gives one answer' in below
+    adv['answers'], plain['answers'] = rs_r['answers'], {'en': [1, 19]}
+    assert table(plain, adv, rs_r)[0] == ['adv 0.1 (from the start) †', 'rs_r 0.1 †']
 
 
 def test_figure_2_from_runs(world, tmp_path, call, monkeypatch):
