@@ -196,7 +196,7 @@ def longest(model, tokenizer, max_length):
             used = 0 if module.padding_idx is None else module.padding_idx + 1
             most = min(most, module.num_embeddings - used)
     if most < max_length:
-        say(f'the encoder takes {most} tokens, not {max_length}; what is longer is cut')
+        say(f'encoder and tokenizer take {most} tokens, not {max_length}; what is longer is cut')
     return min(most, max_length)
 
 
@@ -498,7 +498,7 @@ def draw_regions(curves, radii, title, chance):
                 width -= 1 / len(curves)
     for axes in panels[len(langs):]:
         axes.set_axis_off()
-    figure.suptitle(f'{title}\neps: radius of the L-inf ball, in embedding coordinates', fontsize='medium')
+    figure.suptitle(f'{title}\neps: radius of the L-inf ball, in coordinates of Enc(x)', fontsize='medium')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return figure
 
@@ -889,10 +889,10 @@ def span(numbers):
 
 def caption(group):
     """The lines above a table: what it is of, and whether all of it was made alike."""
-    items = {}
+    by_lang = {}
     for record in group:
-        items |= count_items(record)
-    first, items = group[0], items.values()
+        by_lang |= count_items(record)
+    first, items = group[0], by_lang.values()
     steps = [record['steps'] for record in group]
     seeds = ' '.join(map(str, sorted({record['args']['seed'] for record in group})))
     lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {seeds}',
@@ -1048,7 +1048,8 @@ def measure(name, record, args):
     if args.generalized:
         what = 'premise in the language of the row, hypothesis in that of the column'
         found = generalized(*where, **options)
-        columns, rows, notes = langs, *generalized_rows(found, langs)
+        columns = langs
+        rows, notes = generalized_rows(found, langs)
     elif args.regions:
         what = f'against the radius eps, under uniform noise and under PGD of {args.steps} steps, {said}'
         found = regions(*where, radii=args.radii, steps=args.steps, **noise, **options)
@@ -1087,19 +1088,19 @@ def generalized_rows(found, langs):
 
 def picture(args, records, results):
     """The figure of --regions, from what `regions` found of each run."""
-    curves, task = {}, TASKS[records[0]['args']['task']]
+    curves, task = {}, records[0]['args']['task']
     for record, found in zip(records, results):
         curve = row_name(label_of(record, records), record['args']['eps'])
         curves.setdefault(curve, []).append(found)
-    items = span([row['items'] for row in found.values()])
+    items = span([row['items'] for row in results[0].values()])
     seeds = span([len(runs) for runs in curves.values()])
-    title = (f'{record["args"]["task"]}, mean over {seeds} seed(s), {items} test items a language, '
-             f'PGD of {args.steps} steps')
-    return draw_regions(curves, args.radii, title, 100 / len(task.labels))
+    title = f'{task}, mean over {seeds} seed(s), {items} test items a language, PGD of {args.steps} steps'
+    return draw_regions(curves, args.radii, title, 100 / len(TASKS[task].labels))
 
 
 def measure_all(args):
     """Measure and print what the command line asks for, run by run -> records, tables, what was found."""
+    args.runs = list(dict.fromkeys(args.runs))      # a run named twice is no second seed
     records = [find_run(name, args) for name in args.runs]
     check(args, records)
     tables, results = [], []

@@ -41,7 +41,8 @@ import train
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / 'shared'
-real = pytest.mark.skipif(not (SHARED / 'data').exists(), reason='needs real data and a real encoder in ../shared')
+real = pytest.mark.skipif(not (SHARED / 'data').exists(),
+                          reason='needs real data and a real encoder in ../shared')
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
 torch.set_num_threads(1)        # as the processes that tests start: another number sums in another order
 
@@ -70,8 +71,9 @@ def begun(request, tmp_path_factory):
         flags = f'--task sample --data {world} --out {folder / "run"} --seed 1 --method {method}'
         flags += ' --max-steps 1000 --eval-steps 500 --max-eval 1000'
         with open(folder / 'log', 'w') as log:
-            process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags.split()], env=ENVIRONMENT,
-                                       stdout=log, stderr=log, preexec_fn=lambda: os.nice(19))
+            process = subprocess.Popen([sys.executable, str(HERE / 'train.py'), *flags.split()],
+                                       env=ENVIRONMENT, stdout=log, stderr=log,
+                                       preexec_fn=lambda: os.nice(19))
         processes[name] = process, folder
     yield processes
     for process, _ in processes.values():
@@ -164,7 +166,8 @@ def test_delta_stays_in_the_ball_and_off_the_padding(model, batch):
     for eps in (0.001, 0.1, 1.0):
         deltas = [robust.uniform_delta(model, batch, eps, generator=generator())]
         for layer in (0, 1):
-            deltas.append(robust.worst_delta(model, batch, eps=eps, steps=3, layer=layer, generator=generator()))
+            deltas.append(robust.worst_delta(model, batch, eps=eps, steps=3, layer=layer,
+                                             generator=generator()))
         for delta in deltas:
             assert delta.dtype == torch.float32 and delta.shape == (2, 6, 16)
             assert 0.9 * eps < delta.abs().max() <= torch.tensor(eps)
@@ -236,8 +239,8 @@ def test_sign_steps_by_hand():
             by_hand = (by_hand + 0.5 * size * direction).clamp(-0.5, 0.5)
         delta = robust.worst_delta(Linear(), batch, eps=0.5, steps=steps, generator=generator())
         assert torch.allclose(delta, by_hand, atol=1e-7), steps
-    # Four steps reach the corner (-0.5, 0.5) from anywhere. Logits there: the mean embedding (2, 0.5) + delta =
-    # (1.5, 1): (1.5 - 2, 1) -> loss log(1 + e^1.5).
+    # Four steps reach the corner (-0.5, 0.5) from anywhere. Logits there: the mean embedding (2, 0.5) + delta
+    # = (1.5, 1): (1.5 - 2, 1) -> loss log(1 + e^1.5).
     loss = robust.adv(Linear(), batch, eps=0.5, steps=4, generator=generator())
     assert loss.item() == pytest.approx(torch.tensor(1.5).exp().log1p().item(), abs=1e-6)
 
@@ -261,7 +264,8 @@ def test_bfloat16_keeps_a_perturbation_of_0_001(model, batch):
     model.eval().get_input_embeddings().weight.data.fill_(0.75)      # where bfloat16's spacing is 0.0039
     with torch.autocast('cpu', torch.bfloat16):
         delta = robust.uniform_delta(model, batch, 0.001, generator=generator())
-        with robust.perturbed(model, delta), robust.hidden(model, 0) as states:     # the hook that comes later sees more
+        # the hook that comes later sees more
+        with robust.perturbed(model, delta), robust.hidden(model, 0) as states:
             model(**batch)
     assert states[0].dtype == torch.float32
     assert torch.allclose(states[0] - 0.75, delta, atol=1e-7) and delta.any()
@@ -293,7 +297,8 @@ def test_noise_that_does_not_arrive_is_refused(model, batch):
 def test_what_a_notebook_gets_wrong_is_said_without_naming_a_flag(model, batch):
     calls = [(lambda: robust.adv(model, {'input_ids': batch['input_ids']}, eps=0.1), 'attention_mask'),
              (lambda: robust.rs_r(model, {'input_ids': batch['input_ids']}, eps=0.1), 'attention_mask'),
-             (lambda: robust.adv(model, {k: batch[k] for k in ('input_ids', 'attention_mask')}, eps=0.1), 'labels'),
+             (lambda: robust.adv(model, {k: batch[k] for k in ('input_ids', 'attention_mask')}, eps=0.1),
+              'labels'),
              (lambda: robust.rs_r(model, batch, eps=0.1, layer=99), 'layers 1 to 2'),
              (lambda: robust.adv(model, batch, eps=0.1, layer=-3), 'layers 1 to 2'),
              (lambda: evaluate.predict(model, None, [('a', 'b')]), 'data.Pair')]
@@ -316,13 +321,15 @@ def test_every_step_and_process_has_draws_of_its_own_and_the_same_ones_again(mod
     assert len(set(losses)) == 4 and objective(batch, 2).item() == losses[1]
 
 
-@pytest.mark.parametrize('method, changes', [('adv', {'eps': 0.2}), ('adv', {'adv_steps': 3}), ('adv', {'layer': 1}),
-                                             ('adv', {'plain_steps': 5}), ('rs_r', {'eps': 0.2}), ('rs_r', {'layer': -1}),
+@pytest.mark.parametrize('method, changes', [('adv', {'eps': 0.2}), ('adv', {'adv_steps': 3}),
+                                             ('adv', {'layer': 1}), ('adv', {'plain_steps': 5}),
+                                             ('rs_r', {'eps': 0.2}), ('rs_r', {'layer': -1}),
                                              ('rs_r', {'seed': 2})])
 def test_the_objective_heeds_its_arguments(method, changes, model, batch):
     args = dict(method=method, seed=1, eps=0.1, layer=0, adv_steps=1, plain_steps=4)
     model.eval()
-    first, second = (robust.Objective(model, types.SimpleNamespace(**a))(batch, 5).item() for a in (args, args | changes))
+    first, second = (robust.Objective(model, types.SimpleNamespace(**a))(batch, 5).item()
+                     for a in (args, args | changes))
     assert first != second
     plain = robust.plain(model, batch).item()
     assert (second == plain) == ('plain_steps' in changes) and first != plain
@@ -357,15 +364,18 @@ class Everything(dict):
 @pytest.mark.parametrize('together, apart', [
     ("You won't get a chance.", "You won 't get a chance ."),
     ("I've said: he's won't-free, isn't it?", "I 've said : he 's won't-free , is n't it ?"),
-    ("The cat's 'good' day; they'll don, we're done, I'd, I'm", "The cat 's ' good ' day ; they 'll don , we 're done , I 'd , I 'm"),
+    ("The cat's 'good' day; they'll don, we're done, I'd, I'm",
+     "The cat 's ' good ' day ; they 'll don , we 're done , I 'd , I 'm"),
     ("Ain’t it? It’s. CAN'T DON'T", "Ai n’t it ? It ’s . CAN 'T DO N'T"),
     ("can't don't couldn't", "ca n't do n't could n't"),
 ])
 def test_clitics_written_apart_offer_the_same_words(together, apart):
     words = synonyms.find_words(together)
     assert words == synonyms.find_words(apart)
-    assert not {'t', 's', 've', 'e', 'll', 'l', 're', 'd', 'm', 'n', 'won', 'ca', 'ai'} & {word.lower() for word in words}
-    left = {synonyms.replace(text, Everything(), 1.0, random.Random(0)).replace(' ', '') for text in (together, apart)}
+    assert not {'t', 's', 've', 'e', 'll', 'l', 're', 'd', 'm', 'n', 'won', 'ca', 'ai'} & {
+        word.lower() for word in words}
+    left = {synonyms.replace(text, Everything(), 1.0, random.Random(0)).replace(' ', '')
+            for text in (together, apart)}
     assert len(left) == 1 and left.pop().count('X') == len(words)
     neighbours = {'a': ['t', 's', 've', 'll', 'n', 'won', 'don']}
     assert synonyms.replace("Won 't won't", {"won't": ['shall']}, 1.0, random.Random(0)) == 'Shall shall'
@@ -436,7 +446,8 @@ def test_the_share_of_words_changed_by_hand():
 @pytest.mark.parametrize('p, neighbours', [(0.1, {'dog': ['hound']}), (None, {'cat': ['puss']}), (0.1, {})])
 def test_rs_a_that_would_be_plain_training_is_refused(p, neighbours):
     pairs = [data.Pair('a Cat.', 'x', 0)]
-    with pytest.raises(data.InputError, match='^F.json: no word of the training pairs has a synonym') as error:
+    with pytest.raises(data.InputError,
+                       match='^F.json: no word of the training pairs has a synonym') as error:
         synonyms.Copies(pairs, neighbours, p=p, name='F.json')
     assert '\n' not in str(error.value)
     assert len(synonyms.Copies(pairs, {'cat': ['puss']}, p=0.1)) == 10
@@ -450,14 +461,16 @@ def test_files_of_words_are_read_by_one_rule_however_they_end(tmp_path):
                 path = write(tmp_path / 'F', start + (plain.replace('\n', end) + last).encode())
                 assert data.read_lines(path, 'words') == plain.split('\n')
     assert data.split_words(' a\u3000b  c\t\u2028d\u0085 ') == ['a\u3000b', 'c', '\u2028d\u0085']
-    pairs = data.read_pairs(write(tmp_path / 'F', '\ufeff\u3000a \tb\u2028c\u3000\t1\r\n\r\n'.encode()), 'pawsx')
+    pairs = data.read_pairs(write(tmp_path / 'F', '\ufeff\u3000a \tb\u2028c\u3000\t1\r\n\r\n'.encode()),
+                            'pawsx')
     assert pairs == [('\u3000a ', 'b\u2028c\u3000', 1)]
     path = write(tmp_path / 'F', b'\xef\xbb\xbf{"a\xe3\x80\x80b":\r\n["c"]}\r\n\r\n')
     assert synonyms.read_synonyms(path) == {'a\u3000b': ['c']}
     path = write(tmp_path / 'F', '\ufeff\u3000 1 2\r\nb\u0085\t3  4\r\n\r\n'.encode())
     words, vectors = synonyms.read_vectors(path)
     assert words == ['\u3000', 'b\u0085'] and vectors.tolist() == [[1, 2], [3, 4]]
-    words, vectors = synonyms.read_vectors(write(tmp_path / 'F', b'2 2\na 1 2\nb 3 4'))     # word2vec's counts
+    # word2vec's counts
+    words, vectors = synonyms.read_vectors(write(tmp_path / 'F', b'2 2\na 1 2\nb 3 4'))
     assert words == ['a', 'b'] and vectors.tolist() == [[1, 2], [3, 4]]
 
 
@@ -498,21 +511,25 @@ def test_reads_quotes_as_csv_writer_wrote_them_and_lone_quotes_as_they_are(tmp_p
             (' \u3000outer and inner\u3000blanks ', '\u2028', '1')]
     data.write_pairs(tmp_path / 'written.tsv', rows)
     assert [(a, b, str(label)) for a, b, label in data.read_pairs(tmp_path / 'written.tsv', 'pawsx')] == rows
-    raw = write(tmp_path / 'raw.tsv', b'a "lone quote\tand " another\t0\r\n"wrapped"\t"one" and "two"\t1\n\n\n')
-    assert data.read_pairs(raw, 'pawsx') == [('a "lone quote', 'and " another', 0), ('"wrapped"', '"one" and "two"', 1)]
+    raw = write(tmp_path / 'raw.tsv',
+                b'a "lone quote\tand " another\t0\r\n"wrapped"\t"one" and "two"\t1\n\n\n')
+    assert data.read_pairs(raw, 'pawsx') == [('a "lone quote', 'and " another', 0),
+                                             ('"wrapped"', '"one" and "two"', 1)]
 
 
 def test_labels(tmp_path):
     xnli = write(tmp_path / 'xnli.tsv', b'a\tb\tcontradictory\na\tb\tentailment\na\tNS\tneutral\n')
     assert [pair.label for pair in data.read_pairs(xnli, 'xnli')] == [0, 1, 2]
-    assert data.describe('F', data.read_pairs(xnli, 'xnli')) == 'F: 3 pairs; 1 rows with a placeholder NS, kept'
+    assert data.describe('F', data.read_pairs(xnli, 'xnli')) == (
+        'F: 3 pairs; 1 rows with a placeholder NS, kept')
     pairs = data.read_pairs(write(tmp_path / 'bare.tsv', b'a\tb\nc\td\n'), 'pawsx')
     assert [pair.label for pair in pairs] == [None, None]
     assert data.describe('F', pairs) == 'F: 2 pairs; no labels: cannot be scored'
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'empty'), (b'\n\n', 'empty'), (b'a\tb\t1\na\tb\n', ':2: 2 columns; expected 3'), (b'a\n', ':1: 1 columns'),
+    (b'', 'empty'), (b'\n\n', 'empty'), (b'a\tb\t1\na\tb\n', ':2: 2 columns; expected 3'),
+    (b'a\n', ':1: 1 columns'),
     (b'a\tb\t1\n\na\tb\t1\n', ':2: 1 columns'), (b'a\tb\t2\n', ":1: label '2'; expected one of 0, 1"),
     (b'a\tb\t1\n\xff\tb\t1\n', ':2: byte 1 of the line is not UTF-8'),
     (b'\xef\xbb\xbfa\tb\t1\r\na\tb\xff', ':2: byte 4 of the line is not UTF-8'),
@@ -529,8 +546,10 @@ def test_a_broken_file_gives_one_line(tmp_path, content, message):
 def pawsx_archive(path, rows=2):
     """A small x-final.tar.gz, with a member that tries to escape."""
     with tarfile.open(path, 'w:gz') as tar:
-        for lang, name in [('en', 'train')] + [(lang, f'{split}_2k') for lang in ('en', 'de') for split in ('dev', 'test')]:
-            lines = ''.join(f'{i}\t{lang} "a" {i}\t\u3000"lone {name}\u3000x \t{i % 2}\r\n' for i in range(rows))
+        for lang, name in [('en', 'train')] + [(lang, f'{split}_2k') for lang in ('en', 'de')
+                                               for split in ('dev', 'test')]:
+            lines = ''.join(f'{i}\t{lang} "a" {i}\t\u3000"lone {name}\u3000x \t{i % 2}\r\n'
+                            for i in range(rows))
             content = f'id\tsentence1\tsentence2\tlabel\r\n{lines}'.encode()
             member = tarfile.TarInfo(f'x-final/{lang}/{name}.tsv')
             member.size = len(content)
@@ -544,23 +563,27 @@ def xnli_archives(folder):
     header = 'language\tgold_label' + '\tx' * 7 + '\n'
     with zipfile.ZipFile(folder / 'XNLI-1.0.zip', 'w') as archive:
         for split in ('dev', 'test'):
-            rows = [f'{lang}\t{label}\t.\t.\t.\t.\t{lang} {split}\tsays "so"\t.\n' for label in ('neutral', 'entailment')
-                    for lang in ('de', 'en', 'xx')]
+            rows = [f'{lang}\t{label}\t.\t.\t.\t.\t{lang} {split}\tsays "so"\t.\n'
+                    for label in ('neutral', 'entailment') for lang in ('de', 'en', 'xx')]
             archive.writestr(f'XNLI-1.0/xnli.{split}.tsv', header + ''.join(rows))
     with zipfile.ZipFile(folder / 'XNLI-MT-1.0.zip', 'w') as archive:
-        archive.writestr('XNLI-MT-1.0/multinli/multinli.train.en.tsv', 'premise\thypo\tlabel\na\tb\tcontradictory\nc\td\tneutral\n')
+        archive.writestr('XNLI-MT-1.0/multinli/multinli.train.en.tsv',
+                         'premise\thypo\tlabel\na\tb\tcontradictory\nc\td\tneutral\n')
     return folder / 'XNLI-1.0.zip', folder / 'XNLI-MT-1.0.zip'
 
 
 @pytest.fixture
 def small_release(monkeypatch, tmp_path):
-    """As if the releases had two rows a file and two languages, and lay in tmp_path/host (where nothing is yet)."""
+    """As if the releases had two rows a file and two languages, and lay in tmp_path/host (where nothing is
+    yet).
+    """
     (tmp_path / 'host').mkdir()
     for task in ('pawsx', 'xnli'):
         monkeypatch.setitem(data.TASKS, task, data.TASKS[task]._replace(languages=('en', 'de')))
     for name, release in data.RELEASES.items():
         url = (tmp_path / 'host' / name).as_uri()
-        monkeypatch.setitem(data.RELEASES, name, release._replace(url=url, rows=dict.fromkeys(release.rows, 2)))
+        monkeypatch.setitem(data.RELEASES, name,
+                            release._replace(url=url, rows=dict.fromkeys(release.rows, 2)))
     monkeypatch.setattr(data, 'NEIGHBOURS_URL', (tmp_path / 'host' / 'neighbours.json').as_uri())
     return tmp_path / 'host'
 
@@ -582,18 +605,21 @@ def test_converts_the_public_release_of_pawsx_and_keeps_what_is_there(tmp_path, 
     rows = [('de "a" 0', '"lone test_2k\u3000x', 0), ('de "a" 1', '"lone test_2k\u3000x', 1)]
     assert data.read_pairs(folder / 'test-de.tsv', 'pawsx') == rows
     assert data.read_pairs(folder / 'test-en.tsv', 'pawsx') == [('mine', 'kept', 1)]
-    assert names(folder) == ALL and names(tmp_path / 'D') == ['pawsx'] and not list(tmp_path.rglob('escaped*'))
+    assert (names(folder) == ALL and names(tmp_path / 'D') == ['pawsx']
+            and not list(tmp_path.rglob('escaped*')))
 
 
 def test_converts_the_public_release_of_xnli(tmp_path, small_release):
     data.prepare(tmp_path, 'xnli', xnli_archives(tmp_path), complete=True)
-    assert data.read_pairs(tmp_path / 'xnli/test-de.tsv', 'xnli') == [('de test', 'says "so"', 2), ('de test', 'says "so"', 1)]
+    assert data.read_pairs(tmp_path / 'xnli/test-de.tsv', 'xnli') == [('de test', 'says "so"', 2),
+                                                                      ('de test', 'says "so"', 1)]
     assert data.read_pairs(tmp_path / 'xnli/dev-de.tsv', 'xnli')[0] == ('de dev', 'says "so"', 2)
     assert data.read_pairs(tmp_path / 'xnli/train-en.tsv', 'xnli') == [('a', 'b', 0), ('c', 'd', 2)]
 
 
 @pytest.mark.parametrize('break_it, message', [
-    (lambda path: path.write_bytes(path.read_bytes()[:-40]), 'x-final.tar.gz: not the archive of .*fetch it again'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-40]),
+     'x-final.tar.gz: not the archive of .*fetch it again'),
     (lambda path: path.write_bytes(b'<html>'), 'x-final.tar.gz: not the archive of .*fetch it again'),
     (lambda path: path.unlink(), '^[^:]*x-final.tar.gz: no such file$'),
     (lambda path: pawsx_archive(path, rows=3), 'x-final.tar.gz: 3 rows for train-en.tsv, expected 2'),
@@ -603,11 +629,13 @@ def test_a_broken_archive_gives_one_line_and_leaves_nothing(tmp_path, small_rele
     for complete in (False, True):
         with pytest.raises(data.InputError, match=message) as error:
             data.prepare(tmp_path / 'D', 'pawsx', [tmp_path / 'x-final.tar.gz'], complete)
-        assert '\n' not in str(error.value) and not [path for path in tmp_path.glob('D/**/*') if path.name != 'pawsx']
+        assert ('\n' not in str(error.value)
+                and not [path for path in tmp_path.glob('D/**/*') if path.name != 'pawsx'])
 
 
 def test_a_run_fetches_into_a_folder_without_any_tsv_and_nowhere_else(tmp_path, small_release):
-    with pytest.raises(data.InputError, match='Fetch it by hand and give it to `python data.py pawsx .*--task sample'):
+    with pytest.raises(data.InputError,
+                       match='Fetch it by hand and give it to `python data.py pawsx .*--task sample'):
         data.prepare(tmp_path / 'D', 'pawsx')
     with pytest.raises(data.InputError, match='paws.zip: not an archive of pawsx; expected x-final.tar.gz'):
         data.prepare(tmp_path / 'D', 'pawsx', ['paws.zip'])
@@ -621,7 +649,8 @@ def test_a_run_fetches_into_a_folder_without_any_tsv_and_nowhere_else(tmp_path, 
     data.prepare(tmp_path / 'D', 'pawsx', complete=True)
     assert names(tmp_path / 'D/pawsx') == ALL
     (tmp_path / 'D/pawsx/test-de.tsv').unlink()
-    with pytest.raises(data.InputError, match='test-de.tsv: no such file.*langs.*`python data.py pawsx --data'):
+    with pytest.raises(data.InputError,
+                       match='test-de.tsv: no such file.*langs.*`python data.py pawsx --data'):
         data.prepare(tmp_path / 'D', 'pawsx')
     data.prepare(tmp_path / 'D', 'pawsx', langs=['en'])
     assert not (tmp_path / 'D/pawsx/test-de.tsv').exists()
@@ -641,7 +670,8 @@ def test_what_was_fetched_stays_when_the_next_cannot_be_had(tmp_path, small_rele
         data.prepare(tmp_path / 'D', 'xnli', complete=True)
     assert names(tmp_path / 'D/xnli') == ALL[:4]
     monkeypatch.setattr(sys, 'argv', ['data.py', 'xnli', str(train), '--data', str(tmp_path / 'D')])
-    with pytest.raises(data.InputError, match=f'neighbours.json: cannot be fetched.*keep it as {tmp_path}/D/{data.NEIGHBOURS}'):
+    with pytest.raises(data.InputError, match='neighbours.json: cannot be fetched.*'
+                                              f'keep it as {tmp_path}/D/{data.NEIGHBOURS}'):
         data.main()
     assert names(tmp_path / 'D/xnli') == ALL and capsys.readouterr().out.count(': 2 pairs\n') == 5
 
@@ -668,7 +698,8 @@ def test_the_neighbour_file_is_fetched_checked_and_kept(tmp_path, monkeypatch):
             raise RuntimeError('invalid hash value')        # as torch.hub says it
 
     monkeypatch.setattr(data, 'download_url_to_file', fetch)
-    line = f'{re.escape(data.NEIGHBOURS_URL)}: cannot be fetched .invalid hash value.*keep it as {re.escape(str(path))}$'
+    line = (f'{re.escape(data.NEIGHBOURS_URL)}: cannot be fetched .invalid hash value.*'
+            f'keep it as {re.escape(str(path))}$')
     with pytest.raises(data.InputError, match=line):
         data.fetch_neighbours(path)
     assert not path.exists()
@@ -711,7 +742,8 @@ def test_own_languages_stand_after_the_papers(tmp_path, world):
 
 
 def test_several_processes_on_an_empty_folder_find_one_world(tmp_path, world):
-    """One prepares and the others wait; all of them see the whole of it. A killed one's leftovers do no harm."""
+    """One prepares and the others wait; all of them see the whole of it. A killed one's leftovers do no harm.
+    """
     (tmp_path / 'sample.part').mkdir()
     write(tmp_path / 'sample.part' / 'train-en.tsv', b'half')
     code = """
@@ -761,13 +793,17 @@ def test_a_folder_that_cannot_be_written_gives_one_line(tmp_path, monkeypatch):
     write(tmp_path / 'file', b'')
     with pytest.raises(data.InputError, match=f'^{tmp_path}/file: a file; expected the folder'):
         data.prepare(tmp_path / 'file', 'sample')
-    with pytest.raises(data.InputError, match=f'^{tmp_path}/file/D/sample/train-en.tsv: not there, and cannot be written: Not a directory$'):
+    with pytest.raises(data.InputError, match=f'^{tmp_path}/file/D/sample/train-en.tsv: not there, and '
+                                              'cannot be written: Not a directory$'):
         data.prepare(tmp_path / 'file/D', 'sample')
-    with pytest.raises(data.InputError, match='F.json: not there, and cannot be written: (Not a directory|File exists)$'):
+    with pytest.raises(data.InputError,
+                       match='F.json: not there, and cannot be written: (Not a directory|File exists)$'):
         data.fetch_neighbours(tmp_path / 'file/F.json')
     monkeypatch.setattr(data, 'SAMPLE_ROWS', {'train': 9, 'dev': 9, 'test': 9})
-    monkeypatch.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(OSError(30, 'Read-only file system', 'x.part')))
-    with pytest.raises(data.InputError, match='sample/train-en.tsv: not there, and cannot be written: Read-only file system$'):
+    monkeypatch.setattr(os, 'replace',
+                        lambda *_: (_ for _ in ()).throw(OSError(30, 'Read-only file system', 'x.part')))
+    with pytest.raises(data.InputError, match='sample/train-en.tsv: not there, and cannot be written: '
+                                              'Read-only file system$'):
         data.prepare(tmp_path / 'D', 'sample')
     assert names(tmp_path / 'D/sample') == [] and names(tmp_path / 'D') == ['sample']
     write(tmp_path / 'old', b'old')
@@ -792,13 +828,17 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_complete(tmp_path,
 
 
 def test_the_sample_world_is_what_its_docstring_says(world):
-    """Known sizes; row-aligned tests; a language's words at their known distance; and the same bits ever since."""
+    """Known sizes; row-aligned tests; a language's words at their known distance; and the same bits ever
+    since.
+    """
     folder = world / 'sample'
     english = data.read_pairs(folder / 'test-en.tsv', 'sample')
     for number in range(1, 7):
-        for one, other in zip(english, data.read_pairs(folder / f'test-x{number}.tsv', 'sample'), strict=True):
+        for one, other in zip(english, data.read_pairs(folder / f'test-x{number}.tsv', 'sample'),
+                              strict=True):
             ending = 'drstlk'[number - 1]
-            assert other == (re.sub(r'n\b', ending, one.premise), re.sub(r'n\b', ending, one.hypothesis), one.label)
+            assert other == (re.sub(r'n\b', ending, one.premise), re.sub(r'n\b', ending, one.hypothesis),
+                             one.label)
     neighbours = synonyms.read_synonyms(folder / 'synonyms.json')
     assert len(neighbours) == 90 and {len(near) for near in neighbours.values()} == {2}
     for pair in english:
@@ -812,25 +852,30 @@ def test_the_sample_world_is_what_its_docstring_says(world):
     for number in range(1, 7):
         length = (words[number] - words[0]).norm(dim=-1)
         assert torch.allclose(length, torch.full((90,), 0.05 * number * 8), atol=1e-5)
-    spread = (words[0].view(30, 3, 64) - words[0].view(30, 3, 64).mean(1, keepdim=True)).square().sum(1).mean() / 2
+    spread = (words[0].view(30, 3, 64)
+              - words[0].view(30, 3, 64).mean(1, keepdim=True)).square().sum(1).mean() / 2
     assert spread.sqrt().item() == pytest.approx(0.05, rel=0.05)
-    assert data.digest(folder / 'train-en.tsv') == '38f7fcb03d6274c2' and data.digest(folder / 'test-x6.tsv') == '8e0f2a9173338e57'
+    assert (data.digest(folder / 'train-en.tsv') == '38f7fcb03d6274c2'
+            and data.digest(folder / 'test-x6.tsv') == '8e0f2a9173338e57')
 
 
 @real
 def test_real_files_hold_what_was_counted_in_them(tmp_path):
     """Rows, placeholders NS (dev, test) and doubled quotes, counted in the files by other means."""
-    placeholders = {'en': (0, 0), 'de': (68, 32), 'es': (38, 1), 'fr': (8, 14), 'ja': (20, 54), 'ko': (35, 28), 'zh': (16, 25)}
+    placeholders = {'en': (0, 0), 'de': (68, 32), 'es': (38, 1), 'fr': (8, 14), 'ja': (20, 54),
+                    'ko': (35, 28), 'zh': (16, 25)}
     doubled = {'en': 0, 'ja': 0, 'zh': 14, 'de': 134, 'es': 244, 'fr': 260, 'ko': 246}
     for lang, counts in placeholders.items():
         for split, count in zip(('dev', 'test'), counts):
             path = data.path_of(SHARED / 'data', 'pawsx', split, lang)
             pairs = data.read_pairs(path, 'pawsx')
             assert len(pairs) == 2000 and pairs[0].label is not None
-            assert sum('NS' in pair for pair in pairs) == count and (f'{count} rows' in data.describe(path, pairs)) == (count > 0)
+            assert (sum('NS' in pair for pair in pairs) == count
+                    and (f'{count} rows' in data.describe(path, pairs)) == (count > 0))
             assert not any('""' in pair.premise + pair.hypothesis for pair in pairs)
         bare = tmp_path / f'{lang}.tsv'     # as XTREME strips it: the label column gone, the text as it was
-        write(bare, b''.join(line.rpartition(b'\t')[0] + b'\r\n' for line in path.read_bytes().rstrip().split(b'\n')))
+        write(bare, b''.join(line.rpartition(b'\t')[0] + b'\r\n'
+                             for line in path.read_bytes().rstrip().split(b'\n')))
         assert bare.read_text().count('""') >= doubled[lang]
         assert data.read_pairs(bare, 'pawsx') == [pair._replace(label=None) for pair in pairs]
     for lang in data.TASKS['xnli'].languages:
@@ -844,13 +889,17 @@ def test_a_script_ends_in_one_line(tmp_path, capsys):
     """Status, figures and line of what run_script handles."""
     expected = '{"word": ["neighbour", ...], ...}; the public one lies at ' + data.NEIGHBOURS_URL
     assert ended(capsys, synonyms.main, tmp_path / 'nowhere', '--show', 'cat') == (
-        1, '', f'{tmp_path}/nowhere: No such file or directory; expected the neighbour file of RS-A, {expected}\n')
+        1, '', f'{tmp_path}/nowhere: No such file or directory; expected the neighbour file of RS-A, '
+               f'{expected}\n')
     vectors = write(tmp_path / 'v.txt', b'a 1 2\nb 1 2\nc 9 9\n')
-    status, _, said = ended(capsys, synonyms.main, vectors, '-o', vectors / 'F.json')   # a file: as if read-only
-    assert (status, said.splitlines()[-2:]) == (1, [f'{vectors}/F.json: 3 words, 2 with neighbours', f'{vectors}: File exists'])
+    # a file: as if read-only
+    status, _, said = ended(capsys, synonyms.main, vectors, '-o', vectors / 'F.json')
+    assert (status, said.splitlines()[-2:]) == (1, [f'{vectors}/F.json: 3 words, 2 with neighbours',
+                                                    f'{vectors}: File exists'])
     assert ended(capsys, synonyms.main, vectors, '-o', tmp_path / 'new/F.json')[0] is None
     assert json.loads((tmp_path / 'new/F.json').read_text()) == {'a': ['b'], 'b': ['a'], 'c': []}
-    status, out, _ = ended(capsys, synonyms.main, tmp_path / 'new/F.json', '--show', "A isn't b", '--p', '1', '--m', '2')
+    status, out, _ = ended(capsys, synonyms.main, tmp_path / 'new/F.json', '--show', "A isn't b",
+                           '--p', '1', '--m', '2')
     assert out == "A: b\nisn't: -\nb: a\n   1  B isn't a\n   2  B isn't a\n"
     assert ended(capsys, data.main, 'sample', '--data', vectors) == (
         1, '', f'{vectors}: a file; expected the folder that holds sample/\n')
@@ -863,11 +912,13 @@ def test_a_script_ends_in_one_line(tmp_path, capsys):
 
 
 def test_head_is_quiet():
-    """What is left in the buffer when the reader has gone is not complained of at the interpreter's end either."""
+    """What is left in the buffer when the reader has gone is not complained of at the interpreter's end
+    either.
+    """
     code = 'import data; data.run_script(lambda: print(1))'
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
-    heard = subprocess.run(['bash', '-c', 'set -o pipefail; "$0" -c "$1" | true', sys.executable, code], cwd=HERE,
-                           env=environment, capture_output=True, text=True)
+    heard = subprocess.run(['bash', '-c', 'set -o pipefail; "$0" -c "$1" | true', sys.executable, code],
+                           cwd=HERE, env=environment, capture_output=True, text=True)
     assert (heard.stdout, heard.stderr, heard.returncode) == ('', '', 1)
 
 
@@ -896,8 +947,9 @@ def test_progress_in_a_file_is_a_plain_line_now_and_then(monkeypatch, capsys):
 
 def arguments(**changes):
     """What the parts of train.py read of a run's arguments."""
-    args = dict(seed=1, batch=16, epochs=2, m=None, max_steps=None, max_length=64, method='plain', lr=1e-3, warmup=0.0,
-                eps=None, layer=None, adv_steps=None, plain_steps=None, eval_steps=100, max_eval=None)
+    args = dict(seed=1, batch=16, epochs=2, m=None, max_steps=None, max_length=64, method='plain', lr=1e-3,
+                warmup=0.0, eps=None, layer=None, adv_steps=None, plain_steps=None, eval_steps=100,
+                max_eval=None)
     return types.SimpleNamespace(**(args | changes))
 
 
@@ -915,7 +967,8 @@ def pairs_of_all_lengths(count):
 def test_epochs_times_rows_over_batch_is_rounded_up_once(epochs, rows, batch, steps):
     assert train.steps_of(arguments(epochs=epochs, batch=batch), rows) == steps
     assert train.steps_of(arguments(epochs=epochs, batch=batch, max_steps=20), rows) == min(20, steps)
-    tenth = float(Fraction(str(epochs)) / 10)       # RS-A's ten copies for a tenth of the epochs: as many steps
+    # RS-A's ten copies for a tenth of the epochs: as many steps
+    tenth = float(Fraction(str(epochs)) / 10)
     assert train.steps_of(arguments(epochs=tenth, batch=batch, m=10), rows) == steps
 
 
@@ -935,7 +988,8 @@ def test_the_plan_has_every_row_once_an_epoch_and_pairs_of_like_length_in_a_batc
     assert len(set(pools[0])) == 1024 and set(pools[0]) != set(range(1024))     # and rows do
     first, second = rows[:2000], rows[2000:]
     assert first != second
-    assert train.plan(pairs, tokenizer, arguments(m=m)) == batches != train.plan(pairs, tokenizer, arguments(m=m, seed=2))
+    assert (train.plan(pairs, tokenizer, arguments(m=m)) == batches
+            != train.plan(pairs, tokenizer, arguments(m=m, seed=2)))
     assert train.plan(pairs, tokenizer, arguments(m=m, max_steps=70)) == batches[:70]
 
 
@@ -948,7 +1002,8 @@ def test_every_epoch_has_an_order_of_its_own(tokenizer):
 
 def test_only_the_steps_that_will_run_are_tokenised_first(tokenizer, monkeypatch):
     counted = []
-    monkeypatch.setattr(train, 'count_tokens', lambda pairs, tokenizer, rows: counted.append(len(rows)) or dict.fromkeys(rows, 1))
+    monkeypatch.setattr(train, 'count_tokens',
+                        lambda pairs, tokenizer, rows: counted.append(len(rows)) or dict.fromkeys(rows, 1))
     train.plan(pairs_of_all_lengths(5000), tokenizer, arguments(max_steps=3))
     assert counted == [64 * 16]
 
@@ -956,8 +1011,10 @@ def test_only_the_steps_that_will_run_are_tokenised_first(tokenizer, monkeypatch
 def test_the_processes_share_a_batch_and_their_mean_is_its_mean():
     batches = [list(range(15)), [20, 21, 22], [30]]
     shares, weights = zip(*(train.shares_of(batches, rank, 2) for rank in (0, 1)))
-    assert shares[0] == [list(range(0, 15, 2)), [20, 22], [30]] and shares[1] == [list(range(1, 15, 2)), [21], [30]]
-    assert weights == ([16 / 15, 4 / 3, 2], [14 / 15, 2 / 3, 0])       # a process without a row counts nothing
+    assert (shares[0] == [list(range(0, 15, 2)), [20, 22], [30]]
+            and shares[1] == [list(range(1, 15, 2)), [21], [30]])
+    # a process without a row counts nothing
+    assert weights == ([16 / 15, 4 / 3, 2], [14 / 15, 2 / 3, 0])
     assert train.shares_of(batches, 0, 1) == (batches, [1, 1, 1])
 
 
@@ -966,7 +1023,8 @@ def test_the_learning_rate_is_that_of_transformers(warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, round(warmup * 40), 40)
     for step in range(1, 41):
-        assert train.learning_rate(step, 40, arguments(lr=0.5, warmup=warmup)) == pytest.approx(schedule.get_last_lr()[0])
+        assert train.learning_rate(step, 40, arguments(lr=0.5, warmup=warmup)) == pytest.approx(
+            schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
 
@@ -1001,7 +1059,9 @@ def loop(tokenizer, tmp_path, monkeypatch):
 
 
 def test_three_steps_by_hand(loop, tokenizer):
-    """AdamW without weight decay, eps 1e-8, the gradient (of norm far above 1) clipped to 1, the rate falling linearly."""
+    """AdamW without weight decay, eps 1e-8, the gradient (of norm far above 1) clipped to 1, the rate falling
+    linearly.
+    """
     _, bias = loop(max_steps=3, lr=0.01)
     expected, mean, square = torch.tensor([0.3, -0.2]), torch.zeros(2), torch.zeros(2)
     batches = train.plan(pairs_of_all_lengths(48), tokenizer, arguments(max_steps=3))
@@ -1035,12 +1095,14 @@ def test_a_checkpoint_of_advs_plain_steps_is_not_advs(loop, monkeypatch):
 
 def test_a_loss_that_is_not_finite_names_its_step_and_its_lines(loop, tokenizer, monkeypatch):
     plain, calls = robust.plain, itertools.count(1)
-    monkeypatch.setattr(robust, 'plain', lambda model, batch: plain(model, batch) * (math.nan if next(calls) == 3 else 1))
+    monkeypatch.setattr(robust, 'plain', lambda model, batch: plain(model, batch) * (
+        math.nan if next(calls) == 3 else 1))
     with pytest.raises(data.InputError) as error:
         loop(max_steps=6, eval_steps=6)
     batch = train.plan(pairs_of_all_lengths(48), tokenizer, arguments())[2]
     assert re.match(r'step 3: the loss is nan; try a smaller --lr or --eps, or --float32\.', str(error.value))
-    assert f'lines {" ".join(str(row + 1) for row in batch)} of train-en.tsv; there is no checkpoint yet' in str(error.value)
+    assert (f'lines {" ".join(str(row + 1) for row in batch)} of train-en.tsv; there is no checkpoint yet'
+            in str(error.value))
 
 
 def test_cheap_dropout_drops_each_element_with_probability_p_and_scales_the_rest():
@@ -1069,7 +1131,8 @@ def test_cheap_dropout_reaches_attention_and_leaves_a_model_without_dropout_alon
     monkeypatch.setattr(train.CheapDropout, 'dropout', staticmethod(counting))
     expected = model.eval()(**batch).logits
     with train.CheapDropout.fitting(model):
-        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)       # eager attention is the same function
+        # eager attention is the same function
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
         seen.clear()
         model.train()(**batch)
     # Both layers' attention; the embeddings, and 2 a layer.
@@ -1086,7 +1149,8 @@ def test_training_on_the_cpu_uses_cheap_dropout(run, dropping, monkeypatch):
     weights = []
     for p in (0.1, 0.0):
         if not p:
-            monkeypatch.setattr(train.CheapDropout, 'dropout', staticmethod(lambda input, *args, **options: input))
+            monkeypatch.setattr(train.CheapDropout, 'dropout',
+                                staticmethod(lambda input, *args, **options: input))
         folder, _ = run(f'p {p}', f'--method plain --model {dropping} --max-steps 2 --langs en')
         weights.append((folder / 'model.safetensors').read_bytes())
     assert weights[0] != weights[1]
@@ -1100,9 +1164,10 @@ FAST = '--max-steps 8 --eval-steps 4 --batch 16 --no-freeze-embeddings'
 def test_eps_0_trains_to_the_weights_of_plain_and_a_seed_to_the_same_weights(run, dropping):
     weights = {}
     for name, flags in {'plain': 'plain', 'rs_r 0': 'rs_r --eps 0', 'adv 0': 'adv --eps 0 --plain-steps 0',
-                        'rs_a 0': 'rs_a --p 0 --m 1 --epochs 4', 'rs_r': 'rs_r', 'rs_r again': 'rs_r', 'rs_r 43': 'rs_r --seed 43',
-                        'rs_a': 'rs_a', 'adv': 'adv --eps 0.1 --plain-steps 0', 'adv 3': 'adv --eps 0.1 --plain-steps 0 --adv-steps 3',
-                        'layer': 'rs_r --layer 1', 'warm': 'plain --warmup 0.5', 'm': 'rs_a --m 2'}.items():
+                        'rs_a 0': 'rs_a --p 0 --m 1 --epochs 4', 'rs_r': 'rs_r', 'rs_r again': 'rs_r',
+                        'rs_r 43': 'rs_r --seed 43', 'rs_a': 'rs_a', 'adv': 'adv --eps 0.1 --plain-steps 0',
+                        'adv 3': 'adv --eps 0.1 --plain-steps 0 --adv-steps 3', 'layer': 'rs_r --layer 1',
+                        'warm': 'plain --warmup 0.5', 'm': 'rs_a --m 2'}.items():
         folder, _ = run(name, f'--method {flags} {FAST} --model {dropping}')
         weights[name] = (folder / 'model.safetensors').read_bytes()
     assert weights['plain'] == weights['rs_r 0'] == weights['adv 0'] == weights['rs_a 0']
@@ -1115,17 +1180,20 @@ def test_a_record_says_what_it_is_about(run, small):
     text = (folder / 'results.json').read_text()
     assert text.endswith('}\n') and text.count('\n') == 1 and 'NaN' not in text
     args = record['args']
-    assert (args['method'], args['m'], args['p'], args['replace'], args['seed']) == ('rs_a', 10, 0.1, 'paper', 42)
+    assert (args['method'], args['m'], args['p'], args['replace'], args['seed']) == (
+        'rs_a', 10, 0.1, 'paper', 42)
     assert args['eps'] is args['layer'] is args['adv_steps'] is args['plain_steps'] is None
     assert not {'data', 'model', 'out', 'synonyms', 'langs', 'float32'} & set(args)
     assert record['files']['train-en.tsv'] == data.digest(small / 'sample/train-en.tsv')
-    assert record['files']['synonyms'] == data.digest(small / 'sample/synonyms.json') and len(record['files']['model']) == 16
+    assert (record['files']['synonyms'] == data.digest(small / 'sample/synonyms.json')
+            and len(record['files']['model']) == 16)
     assert record['dtype'] == 'torch.float32' and record['processes'] == 1 and len(record['source']) == 16
     assert set(record['versions']) == {'python', 'torch', 'transformers', 'tokenizers'}
     assert record['train_pairs'] == 200 and record['steps'] == 8 and len(record['history']) == 2
     assert 0.05 < record['changed'] < 0.15          # every word of the sample world has synonyms, p = 0.1
     for lang, marks in record['test_marks'].items():
-        assert len(marks) == 20 == sum(record['answers'][lang]) and record['test'][lang] == 5 * marks.count('1')
+        assert (len(marks) == 20 == sum(record['answers'][lang])
+                and record['test'][lang] == 5 * marks.count('1'))
         assert record['dev_all'][lang] == 5 * record['dev_marks'][lang].count('1')
     assert record['cut'] == dict.fromkeys(data.TASKS['sample'].languages, 0)
     assert record['longest'] == 64 and record['wall_seconds'] > 0 and record['pairs_per_second'] > 0
@@ -1133,7 +1201,8 @@ def test_a_record_says_what_it_is_about(run, small):
 
 
 def test_the_run_folder_is_what_its_users_expect(run, small):
-    """Predictions in XTREME's form, a checkpoint that transformers' pipeline takes, files as the umask says."""
+    """Predictions in XTREME's form, a checkpoint that transformers' pipeline takes, files as the umask says.
+    """
     before = os.umask(0o022)
     try:
         folder, record = run('a', f'--method plain {FAST}')
@@ -1143,14 +1212,16 @@ def test_the_run_folder_is_what_its_users_expect(run, small):
     predicted = (folder / 'predictions/sample/test-x1.tsv').read_text().splitlines()
     labels = data.TASKS['sample'].labels
     right = sum(p == labels[pair.label] for p, pair in zip(predicted, pairs, strict=True))
-    assert 100 * right / 30 == record['test']['x1'] and [predicted.count(label) for label in labels] == record['answers']['x1']
+    assert (100 * right / 30 == record['test']['x1']
+            and [predicted.count(label) for label in labels] == record['answers']['x1'])
     classify = transformers.pipeline('text-classification', str(folder))
     given = [classify({'text': pair.premise, 'text_pair': pair.hypothesis})['label'] for pair in pairs]
     assert given == predicted
     files = [path for path in folder.rglob('*') if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
-    assert sorted(path.name for path in folder.iterdir()) == ['args.json', 'config.json', 'model.safetensors', 'predictions',
-                                                               'results.json', 'tokenizer.json', 'tokenizer_config.json']
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'args.json', 'config.json', 'model.safetensors', 'predictions', 'results.json', 'tokenizer.json',
+        'tokenizer_config.json']
     settings = json.loads((folder / 'tokenizer_config.json').read_text())
     assert not {'local_files_only', 'trust_remote_code', 'is_local'} & set(settings)
 
@@ -1169,9 +1240,11 @@ def test_a_finished_run_is_kept_whatever_its_paths(run, small, tmp_path, call, m
     assert {path.name: path.read_bytes() for path in (tmp_path / 'b').rglob('*') if path.is_file()} == {
         path.name: content for path, content in before.items()}
     # Every argument that decides, and every file that is read, makes another run.
-    for other, differs in (('--lr 0.1', 'lr'), ('--seed 3', 'seed'), ('--max-eval 5', 'max_eval'), ('--warmup 0.5', 'warmup'),
-                           ('--max-train 100', 'max_train'), ('--batch 15', 'batch'), ('--freeze-embeddings', 'freeze_embeddings')):
-        with pytest.raises(data.InputError, match=rf'b: holds another run \({differs} \S+, not \S+\); name another'):
+    for other, differs in (('--lr 0.1', 'lr'), ('--seed 3', 'seed'), ('--max-eval 5', 'max_eval'),
+                           ('--warmup 0.5', 'warmup'), ('--max-train 100', 'max_train'),
+                           ('--batch 15', 'batch'), ('--freeze-embeddings', 'freeze_embeddings')):
+        with pytest.raises(data.InputError,
+                           match=rf'b: holds another run \({differs} \S+, not \S+\); name another'):
             call(f'train --task sample {flags} {other} --data elsewhere --out b')
     for name in ('train-en', 'dev-en', 'test-x3'):
         path = moved / f'sample/{name}.tsv'
@@ -1184,11 +1257,13 @@ def test_a_finished_run_is_kept_whatever_its_paths(run, small, tmp_path, call, m
         call(f'train --task sample {flags} --data elsewhere --out b --model b')
     config = moved / 'sample/model/config.json'
     config.write_text(config.read_text().replace('"hidden_dropout_prob": 0.0', '"hidden_dropout_prob": 0.5'))
-    with pytest.raises(data.InputError, match=r'\(dropout .*"hidden_dropout_prob": 0.0}, not .*"hidden_dropout_prob": 0.5}\)'):
+    with pytest.raises(data.InputError,
+                       match=r'\(dropout .*"hidden_dropout_prob": 0.0}, not .*"hidden_dropout_prob": 0.5}\)'):
         call(f'train --task sample {flags} --data elsewhere --out b')
 
 
-# As `python train.py FLAGS`, but the process is killed at a step's evaluation: between checkpoint and state, or after both.
+# As `python train.py FLAGS`, but the process is killed at a step's evaluation: between checkpoint and state,
+# or after both.
 KILLED = """
 import os, signal, sys, train
 where, at = sys.argv.pop(1), int(sys.argv.pop(1))
@@ -1225,20 +1300,25 @@ def process(tmp_path):
 
 
 @pytest.mark.parametrize('method, kills', [('rs_r --eps 0.1', [('between', 20), ('after', 30)]),
-                                           ('adv --eps 0.01 --plain-steps 15', [('after', 30)]), ('rs_a', [('between', 30)])])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, kills, small, dropping, tmp_path, process, call):
-    flags = f'--task sample --method {method} --data {small} --model {dropping} --max-steps 60 --eval-steps 10 --lr 3e-3'
+                                           ('adv --eps 0.01 --plain-steps 15', [('after', 30)]),
+                                           ('rs_a', [('between', 30)])])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method, kills, small, dropping,
+                                                                          tmp_path, process, call):
+    flags = (f'--task sample --method {method} --data {small} --model {dropping} --max-steps 60 '
+             '--eval-steps 10 --lr 3e-3')
     flags += ' --no-freeze-embeddings --batch 16 --langs en x1'
     call(f'train {flags}', '--out', tmp_path / 'whole')
     for where, at in kills:
         ended = process(KILLED, where, at, *flags.split(), '--out', tmp_path / 'killed')
         assert ended.returncode == -9, ended.stderr
-    shutil.move(tmp_path / 'killed', tmp_path / 'moved')        # resumed where it was moved to, with a language more
+    # resumed where it was moved to, with a language more
+    shutil.move(tmp_path / 'killed', tmp_path / 'moved')
     flags = flags.replace('--langs en x1', '--langs en x1 x2')
     step = at if where == 'after' else at - 10
     assert f'goes on after step {step}' in call(f'train {flags}', '--out', f'{tmp_path}/moved/').err
     whole, killed = record_of(tmp_path / 'whole'), record_of(tmp_path / 'moved')
-    assert whole['history'] == killed['history'] and whole['test_marks'].items() < killed['test_marks'].items()
+    assert (whole['history'] == killed['history']
+            and whole['test_marks'].items() < killed['test_marks'].items())
     assert 'test-x2.tsv' in killed['files'] and killed['paths']['out'] == f'{tmp_path}/moved/'
     assert len({h['dev'] for h in whole['history']}) > 1
     weights = [(tmp_path / name / 'model.safetensors').read_bytes() for name in ('whole', 'moved')]
@@ -1249,7 +1329,8 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_never_stopped(method
 def test_the_peak_of_an_earlier_run_is_not_this_runs(run, monkeypatch):
     for peaks, said in (([1.5, 2.5], 2.5), ([2.5, 2.5], None)):
         monkeypatch.setattr(train, 'peak_memory', lambda device, peaks=iter(peaks): next(peaks))
-        assert run(f'peak {said}', f'--method plain {FAST} --max-train 20 --max-eval 2')[1]['peak_memory_gib'] == said
+        assert run(f'peak {said}',
+                   f'--method plain {FAST} --max-train 20 --max-eval 2')[1]['peak_memory_gib'] == said
     monkeypatch.undo()
     assert 0.05 < train.peak_memory(torch.device('cpu')) < 100
 
@@ -1257,7 +1338,8 @@ def test_the_peak_of_an_earlier_run_is_not_this_runs(run, monkeypatch):
 def test_a_finished_run_says_which_languages_it_lacks(small, tmp_path, call, monkeypatch):
     flags = f'--task sample --method plain --data {small} --out {tmp_path}/a --max-steps 1'
     call(f'train {flags} --langs en x1')
-    assert 'a: finished without test-x2.tsv, which `python evaluate.py' in call(f'train {flags} --langs en x2').err
+    assert 'a: finished without test-x2.tsv, which `python evaluate.py' in call(
+        f'train {flags} --langs en x2').err
     said = call(f'train {flags} --langs x1').err
     assert 'finished without' not in said and 'finished in' not in said
     monkeypatch.setattr(evaluate, 'choose_device', lambda float32: (torch.device('cpu'), torch.bfloat16))
@@ -1266,10 +1348,12 @@ def test_a_finished_run_says_which_languages_it_lacks(small, tmp_path, call, mon
 
 def test_a_flag_that_no_method_takes_is_named(small, call):
     common = f'train --task sample --data {small} --dry-run --method'
-    said = call(f'{common} plain rs_a --eps 0.1 --adv-steps 3 --m 5 --synonyms {small}/sample/synonyms.json').err
+    said = call(f'{common} plain rs_a --eps 0.1 --adv-steps 3 --m 5 '
+                f'--synonyms {small}/sample/synonyms.json').err
     assert '--eps: without effect on plain rs_a\n' in said and '--adv-steps: without effect' in said
     assert said.count('without effect') == 2
-    said = call(f'{common} plain --synonyms x.json').err + call(f'{common} rs_a --replace authors --p 0.5').err
+    said = (call(f'{common} plain --synonyms x.json').err
+            + call(f'{common} rs_a --replace authors --p 0.5').err)
     assert '--synonyms: without effect on plain\n' in said and '--p: without effect on rs_a\n' in said
 
 
@@ -1284,7 +1368,8 @@ def stopped(tmp_path, call, flags, monkeypatch):
     monkeypatch.setattr(train, 'STATE_SECONDS', -1)
     with monkeypatch.context() as patch:
         patch.setattr(train, 'save_state', interrupted)
-        with pytest.raises(KeyboardInterrupt, match='stopped; the same command goes on from its last saved state'):
+        with pytest.raises(KeyboardInterrupt,
+                           match='stopped; the same command goes on from its last saved state'):
             call(f'train {flags}', '--out', tmp_path / 'a')
 
 
@@ -1293,13 +1378,15 @@ def test_a_stopped_run_goes_on_only_as_the_same_run(small, tmp_path, call, monke
     stopped(tmp_path, call, flags, monkeypatch)
     for more, differs in (('--seed 3', 'seed'), ('--no-float32', 'dtype'), ('--lr 1', 'lr')):
         if more == '--no-float32':
-            monkeypatch.setattr(evaluate, 'choose_device', lambda float32: (torch.device('cpu'), torch.bfloat16))
+            monkeypatch.setattr(evaluate, 'choose_device',
+                                lambda float32: (torch.device('cpu'), torch.bfloat16))
         with pytest.raises(data.InputError, match=rf'\({differs} \S+, not \S+\)'):
             call(f'train {flags} {more}', '--out', tmp_path / 'a')
         monkeypatch.undo()
     other = tmp_path / 'other'
     shutil.copytree(small, other)
-    (other / 'sample/train-en.tsv').write_bytes((small / 'sample/train-en.tsv').read_bytes().split(b'\n', 1)[1])
+    (other / 'sample/train-en.tsv').write_bytes(
+        (small / 'sample/train-en.tsv').read_bytes().split(b'\n', 1)[1])
     with pytest.raises(data.InputError, match=r'\(train-en\.tsv \w{16}, not \w{16}\)'):
         call(f'train {flags.replace(str(small), str(other))}', '--out', tmp_path / 'a')
     monkeypatch.setitem(os.environ, 'WORLD_SIZE', '2')
@@ -1316,7 +1403,8 @@ def test_a_stopped_run_goes_on_only_as_the_same_run(small, tmp_path, call, monke
         types.SimpleNamespace(**dict.fromkeys([*train.DECIDE, *train.PATHS])), {}, None)['source']
 
 
-# As `python train.py FLAGS`; the first process keeps the gradients of each step, and each tells whether it writes.
+# As `python train.py FLAGS`; the first process keeps the gradients of each step, and each tells whether it
+# writes.
 GRADIENTS = """
 import os, sys, torch, train
 path, clip, steps = sys.argv.pop(1), torch.nn.utils.clip_grad_norm_, []
@@ -1342,16 +1430,23 @@ def free_port():
 
 
 def test_two_processes_have_the_gradients_of_one(small, tmp_path):
-    """Batches of 15 of 20 pairs: shares of 8 and 7, then of 3 and 2; and an empty folder, which one of them fills."""
+    """Batches of 15 of 20 pairs: shares of 8 and 7, then of 3 and 2; and an empty folder, which one of them
+    fills.
+    """
     (tmp_path / 'spy.py').write_text(GRADIENTS)
-    flags = f'--task sample --method plain --data {small} --epochs 1 --max-train 20 --batch 15 --warmup 0 --lr 1e-6 --langs en'
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', free_port()]
+    flags = (f'--task sample --method plain --data {small} --epochs 1 --max-train 20 --batch 15 --warmup 0 '
+             '--lr 1e-6 --langs en')
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
+                '--master_port', free_port()]
     for name, command in (('one', [sys.executable]), ('two', torchrun)):
-        command = [*command, tmp_path / 'spy.py', tmp_path / name, *flags.split(), '--out', tmp_path / f'run {name}']
-        ended = subprocess.run(command, env=ENVIRONMENT | {'PYTHONPATH': str(HERE)}, capture_output=True, text=True)
+        command = [*command, tmp_path / 'spy.py', tmp_path / name, *flags.split(),
+                   '--out', tmp_path / f'run {name}']
+        ended = subprocess.run(command, env=ENVIRONMENT | {'PYTHONPATH': str(HERE)},
+                               capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.count('| plain') == 1
-        assert [path.name for path in tmp_path.glob(f'{name}.kept.*')] == [f'{name}.kept.0']        # one process writes
+        # one process writes
+        assert [path.name for path in tmp_path.glob(f'{name}.kept.*')] == [f'{name}.kept.0']
     for step in (0, 1):
         one, two = (torch.load(tmp_path / f'{name}.{step}', weights_only=True) for name in ('one', 'two'))
         assert len(one) == len(two) and max(g.abs().max() for g in one) > 1e-3
@@ -1370,7 +1465,8 @@ def test_out_of_memory_gives_one_line_and_keeps_the_last_good_checkpoint(run, tm
         return plain(model, batch)
     with monkeypatch.context() as patch:
         patch.setattr(robust, 'plain', full)
-        with pytest.raises(data.InputError, match=r'^\S+: out of GPU memory \(CUDA out of memory.* or --max-length; the same'):
+        with pytest.raises(data.InputError,
+                           match=r'^\S+: out of GPU memory \(CUDA out of memory.* or --max-length; the same'):
             run('new', flags)
     assert evaluate.load(tmp_path / 'new') and not (tmp_path / 'new/results.json').exists()
     assert run('new', flags)[1]['history'] == run('whole', flags)[1]['history']
@@ -1388,17 +1484,20 @@ def test_a_full_disk_gives_one_line_and_the_state_before_stays(run, tmp_path, mo
         save(state, path)
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'save', full)
-        with pytest.raises(data.InputError, match=r'a: .*No space left on device.*; the same command goes on'):
+        with pytest.raises(data.InputError,
+                           match=r'a: .*No space left on device.*; the same command goes on'):
             run('a', flags)
     assert not list(tmp_path.rglob('*part*'))
-    assert run('a', flags)[1]['history'] == run('b', flags)[1]['history'] and not (tmp_path / 'a/state.pt').exists()
+    assert (run('a', flags)[1]['history'] == run('b', flags)[1]['history']
+            and not (tmp_path / 'a/state.pt').exists())
 
 
 def test_everything_is_looked_at_before_the_first_run(small, tmp_path, call):
     """A grid whose fourth method lacks its neighbour file, or whose last language is broken, never begins."""
     flags = f'train --task sample --method plain rs_a --max-steps 1 --data {small} --out {tmp_path / "new"}'
-    for more in ('--synonyms nowhere.json', '--synonyms nowhere.json --dry-run', '--layer 7 --method rs_r plain', '--langs en yo',
-                 '--method plain adv --plain-steps 1', '--model nowhere'):
+    for more in ('--synonyms nowhere.json', '--synonyms nowhere.json --dry-run',
+                 '--layer 7 --method rs_r plain', '--langs en yo', '--method plain adv --plain-steps 1',
+                 '--model nowhere'):
         with pytest.raises(data.InputError):
             call(f'{flags} {more}')
         assert not (tmp_path / 'new').exists()
@@ -1407,7 +1506,8 @@ def test_everything_is_looked_at_before_the_first_run(small, tmp_path, call):
 
 
 def test_adv_that_would_never_begin_is_refused(run):
-    with pytest.raises(data.InputError, match=r'--plain-steps 8: the run has 8 steps, so that adv would never begin'):
+    with pytest.raises(data.InputError,
+                       match=r'--plain-steps 8: the run has 8 steps, so that adv would never begin'):
         run('a', f'--method plain adv {FAST} --plain-steps 8')
     assert run('b', f'--method adv {FAST} --plain-steps 7')[1]['step'] == 8
 
@@ -1422,10 +1522,12 @@ def test_rs_a_in_name_only_is_refused(run, tmp_path):
 
 
 def test_ones_own_languages_are_trained_on_and_scored(world, small, tmp_path, call):
-    """A folder of one's own: train-en, dev-en, and a test file of a language that no table of the paper has."""
+    """A folder of one's own: train-en, dev-en, and a test file of a language that no table of the paper has.
+    """
     own = tmp_path / 'own/pawsx'
     own.mkdir(parents=True)
-    for name, source in (('train-en', 'train-en'), ('dev-en', 'dev-en'), ('test-en', 'test-en'), ('test-yo', 'test-x2')):
+    for name, source in (('train-en', 'train-en'), ('dev-en', 'dev-en'), ('test-en', 'test-en'),
+                         ('test-yo', 'test-x2')):
         pairs = data.read_pairs(small / f'sample/{source}.tsv', 'sample')
         data.write_pairs(own / f'{name}.tsv', pairs)
     flags = f'train --task pawsx --method plain {FAST} --model {world}/sample/model --float32 --lr 1e-3'
@@ -1438,7 +1540,8 @@ def test_ones_own_languages_are_trained_on_and_scored(world, small, tmp_path, ca
     assert record['test_marks']['yo'] == evaluate.marks(evaluate.predict(model, tokenizer, pairs)[0], pairs)
     with pytest.raises(data.InputError, match='test-de.tsv'):
         call(f'{flags} --data {tmp_path}/own --out {tmp_path}/run2')
-    assert sorted(path.name for path in own.iterdir()) == ['dev-en.tsv', 'test-en.tsv', 'test-yo.tsv', 'train-en.tsv']
+    assert sorted(path.name for path in own.iterdir()) == ['dev-en.tsv', 'test-en.tsv', 'test-yo.tsv',
+                                                           'train-en.tsv']
 
 
 def test_the_default_eps_is_the_methods(small, tmp_path):
@@ -1448,29 +1551,36 @@ def test_the_default_eps_is_the_methods(small, tmp_path):
     assert [run.out for run in runs][::2] == ['runs/pawsx-plain-seed1', 'runs/pawsx-adv-0.001-seed1',
                                               'runs/pawsx-rs_r-0.1-seed1', 'runs/pawsx-rs_a-seed1']
     assert {run.model for run in runs} == {'bert-base-multilingual-cased'}
-    assert [(run.epochs, run.lr, run.batch, run.eval_steps) for run in runs[::2]] == [(5, 2e-5, 32, 200)] * 3 + [(3, 2e-5, 32, 200)]
-    assert [run.synonyms for run in runs[::2]] == [None] * 3 + ['download/synonyms/counterfitted_neighbors.json']
+    assert [(run.epochs, run.lr, run.batch, run.eval_steps)
+            for run in runs[::2]] == [(5, 2e-5, 32, 200)] * 3 + [(3, 2e-5, 32, 200)]
+    assert [run.synonyms for run in runs[::2]] == [None] * 3 + [
+        'download/synonyms/counterfitted_neighbors.json']
 
 
 def test_a_log_file_holds_whole_lines(small, tmp_path):
-    flags = f'--task sample --method plain rs_r --seed 1 --max-steps 2 --data {small} --out {tmp_path / "runs"}'
-    ended = subprocess.run([sys.executable, HERE / 'train.py', *flags.split()], env=ENVIRONMENT, capture_output=True, text=True)
+    flags = (f'--task sample --method plain rs_r --seed 1 --max-steps 2 --data {small} '
+             f'--out {tmp_path / "runs"}')
+    ended = subprocess.run([sys.executable, HERE / 'train.py', *flags.split()], env=ENVIRONMENT,
+                           capture_output=True, text=True)
     assert ended.returncode == 0 and '\r' not in ended.stderr
     lines = ended.stderr.splitlines()
     for method, number in (('plain', 1), ('rs_r 0.1', 2)):
-        score = next(line for line in lines if line.startswith(f'run {number} of 2: {method} seed 1: test average'))
+        score = next(line for line in lines
+                     if line.startswith(f'run {number} of 2: {method} seed 1: test average'))
         assert f'saved in {tmp_path}/runs/sample-{method.replace(" ", "-")}-seed1' in score
 
 
 # ---------------------------------------------------------------- evaluate.py: models
 
 def test_a_pair_that_is_cut_is_counted_and_said(tokenizer, small, run, call, tmp_path):
-    pairs = [data.Pair('bokin ' * length, 'bokin ' * 3, 0) for length in (1, 5, 8, 9, 10, 20)]     # + 3 special tokens
+    # + 3 special tokens
+    pairs = [data.Pair('bokin ' * length, 'bokin ' * 3, 0) for length in (1, 5, 8, 9, 10, 20)]
     features, cut = evaluate.encode(tokenizer, pairs, 14)
     assert cut == 3 and [len(feature['input_ids']) for feature in features] == [7, 11, 14, 14, 14, 14]
     _, record = run('a', f'--method plain {FAST} --max-length 8')
     assert record['cut'] == dict.fromkeys(data.TASKS['sample'].languages, 30)
-    said = call(f'train --task sample --method plain --max-steps 1 --max-length 8 --langs en x2 --data {small} --out {tmp_path}/b').err
+    said = call('train --task sample --method plain --max-steps 1 --max-length 8 --langs en x2 '
+                f'--data {small} --out {tmp_path}/b').err
     assert 'pairs of more than 8 tokens, cut there: en 30, x2 30' in said
 
 
@@ -1478,7 +1588,8 @@ def test_more_tokens_than_positions_are_capped(model, tokenizer, capsys):
     evaluate.say.cache_clear()
     tokenizer.model_max_length = 10 ** 30
     positions = 20 if model.config.model_type == 'bert' else 18         # XLM-R's begin behind the padding's
-    assert evaluate.longest(model, tokenizer, 128) == positions and evaluate.longest(model, tokenizer, 128) == positions
+    assert (evaluate.longest(model, tokenizer, 128) == positions
+            and evaluate.longest(model, tokenizer, 128) == positions)
     assert capsys.readouterr().err.count(f'{positions} tokens') == 1
     assert evaluate.longest(model, tokenizer, 12) == 12
     tokenizer.model_max_length = 10
@@ -1501,7 +1612,8 @@ def test_of_several_passes_the_majority_counts_and_of_tied_classes_the_more_prob
     pairs = [data.Pair('bokin', 'bokin', 0)] * 2
     passes = [[[1., 0, 0], [0, 1., 0]], [[0, 0, 1.], [0, 1., 0]], [[0, 0, 1.], [9., 0, 0]]]
     assert evaluate.predict(Votes(passes), tokenizer, pairs, passes=3)[0].tolist() == [2, 1]
-    passes = [[[1., 0, 0], [0, 2., 0]], [[0, 0, 2.], [1., 0, 0]]]       # one vote each, the second surer, then the first
+    # one vote each, the second surer, then the first
+    passes = [[[1., 0, 0], [0, 2., 0]], [[0, 0, 2.], [1., 0, 0]]]
     assert evaluate.predict(Votes(passes), tokenizer, pairs, passes=2)[0].tolist() == [2, 1]
 
 
@@ -1536,12 +1648,14 @@ def test_weights_or_a_tokenizer_that_are_not_there_are_refused(world, tmp_path):
         evaluate.load_encoder(copy('bare', 'tokenizer*'), 'sample')
     weights = torch.nn.ModuleDict()
     foreign = copy('foreign')
-    tensors = {f'other.{name}': tensor for name, tensor in transformers.BertModel.from_pretrained(whole).state_dict().items()}
+    tensors = {f'other.{name}': tensor
+               for name, tensor in transformers.BertModel.from_pretrained(whole).state_dict().items()}
     from safetensors.torch import save_file
     save_file(tensors, Path(foreign) / 'model.safetensors', {'format': 'pt'})
     with pytest.raises(data.InputError, match=r'foreign: \d+ of its weights are missing \(bert\.'):
         evaluate.load_encoder(foreign, 'sample')
-    with pytest.raises(data.InputError, match=r'weights are missing \(classifier\..*expected a fine-tuned classifier'):
+    with pytest.raises(data.InputError,
+                       match=r'weights are missing \(classifier\..*expected a fine-tuned classifier'):
         evaluate.load(str(whole))
     assert not list(weights.parameters())
 
@@ -1577,12 +1691,15 @@ def test_a_classifier_of_another_task_gets_a_new_head(run, tmp_path, capsys):
     capsys.readouterr()
     kept, _ = evaluate.load_encoder(str(folder), 'sample')
     old = evaluate.load(str(folder))[0]
-    assert torch.equal(kept.classifier.weight, old.classifier.weight) and 'its head is kept' in capsys.readouterr().err
+    assert (torch.equal(kept.classifier.weight, old.classifier.weight)
+            and 'its head is kept' in capsys.readouterr().err)
     for task, labels in (('xnli', 3), ('pawsx', 2)):
         new, _ = evaluate.load_encoder(str(folder), task)
         assert 'a classifier of different, paraphrase; it gets a new head' in capsys.readouterr().err
-        assert new.classifier.out_features == labels and not torch.equal(new.classifier.weight[:2], old.classifier.weight)
-        assert torch.equal(new.bert.encoder.layer[0].output.dense.weight, old.bert.encoder.layer[0].output.dense.weight)
+        assert (new.classifier.out_features == labels
+                and not torch.equal(new.classifier.weight[:2], old.classifier.weight))
+        assert torch.equal(new.bert.encoder.layer[0].output.dense.weight,
+                           old.bert.encoder.layer[0].output.dense.weight)
 
 
 def test_no_pad_token_and_nothing_between_the_sentences(world, tmp_path):
@@ -1617,11 +1734,13 @@ def shapes():
         'distilbert': t.DistilBertConfig(**size, dim=16, n_layers=2, n_heads=2, hidden_dim=32),
         'electra': t.ElectraConfig(**size, **wide, embedding_size=8),
         'rembert': t.RemBertConfig(**size, **wide, input_embedding_size=8, output_embedding_size=8),
-        'deberta': t.DebertaV2Config(**size, **wide, relative_attention=True, position_buckets=8, pos_att_type=['p2c', 'c2p']),
+        'deberta': t.DebertaV2Config(**size, **wide, relative_attention=True, position_buckets=8,
+                                     pos_att_type=['p2c', 'c2p']),
         'albert': t.AlbertConfig(**size, **wide, embedding_size=8),
         'mpnet': t.MPNetConfig(**size, **wide),
         'xlm-r-xl': t.XLMRobertaXLConfig(**size, **wide),
-        'modernbert': t.ModernBertConfig(**size, **wide, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3),
+        'modernbert': t.ModernBertConfig(**size, **wide, cls_token_id=2, sep_token_id=3, bos_token_id=2,
+                                         eos_token_id=3),
     }
 
 
@@ -1644,13 +1763,17 @@ def test_delta_reaches_every_layer_of_encoders_of_other_shapes(name, tokenizer):
     # Noise on the last layer's first token alone, as the head sees it; on an earlier layer it is seen by all.
     with robust.hidden(model, 1) as first, robust.hidden(model, 2) as last:
         model(**batch)
-    assert first[0].shape == last[0].shape == (2, batch['input_ids'].shape[1], 16) and not torch.equal(first[0], last[0])
+    assert (first[0].shape == last[0].shape == (2, batch['input_ids'].shape[1], 16)
+            and not torch.equal(first[0], last[0]))
 
 
 @pytest.mark.parametrize('config, message', [
-    (lambda t: t.MT5Config(vocab_size=634, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8), 'an encoder-decoder'),
-    (lambda t: t.CanineConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32), 'keeps its layers in 3 lists'),
-    (lambda t: t.XLMConfig(vocab_size=634, emb_dim=16, n_layers=2, n_heads=2), 'keeps its layers in 4 lists')])
+    (lambda t: t.MT5Config(vocab_size=634, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8),
+     'an encoder-decoder'),
+    (lambda t: t.CanineConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                              intermediate_size=32), 'keeps its layers in 3 lists'),
+    (lambda t: t.XLMConfig(vocab_size=634, emb_dim=16, n_layers=2, n_heads=2),
+     'keeps its layers in 4 lists')])
 def test_encoders_that_do_not_fit_are_refused_in_one_line(config, message, world, tmp_path):
     model = transformers.AutoModel.from_config(config(transformers))
     shutil.copytree(world / 'sample/model', tmp_path / 'm')
@@ -1678,7 +1801,8 @@ def test_the_real_encoder_on_real_pairs():
 
 
 @real
-@pytest.mark.parametrize('shape, cut', [('mbert-shape', {'th': 939, 'el': 213, 'hi': 24}), ('xlmr-shape', {'th': 0})])
+@pytest.mark.parametrize('shape, cut', [('mbert-shape', {'th': 939, 'el': 213, 'hi': 24}),
+                                        ('xlmr-shape', {'th': 0})])
 def test_pairs_cut_at_128_tokens_by_the_real_tokenizers(shape, cut):
     tokenizer = evaluate.AutoTokenizer.from_pretrained(SHARED / 'models' / shape)
     for lang, count in cut.items():
@@ -1692,18 +1816,24 @@ LANGS = data.TASKS['sample'].languages
 
 
 def record(method, eps, seed, marks, dev=50.0, name='', step=50, files=(), dev_marks=None, extra=(), **args):
-    """A record as train.py writes it, with these marks in all languages of the sample world, or {language: marks}."""
+    """A record as train.py writes it, with these marks in all languages of the sample world, or {language:
+    marks}.
+    """
     by_lang = marks if isinstance(marks, dict) else dict.fromkeys(LANGS, marks)
-    own = {'layer': None, 'adv_steps': None, 'plain_steps': None, 'm': None, 'p': None, 'replace': None, 'english_only': None}
+    own = {'layer': None, 'adv_steps': None, 'plain_steps': None, 'm': None, 'p': None, 'replace': None,
+           'english_only': None}
     own |= {'adv': {'layer': 0, 'adv_steps': 1, 'plain_steps': 0}, 'rs_r': {'layer': 0}, 'plain': {},
             'rs_a': {'m': 10, 'p': 0.1, 'replace': 'paper', 'english_only': False}}[method]
-    found = {'name': name or f'{method}-{eps}-{seed}', 'dev': dev, 'step': step, 'steps': 200, 'train_pairs': 5000, 'dtype': 'torch.float32',
-             'paths': {'model': 'somewhere/encoder', 'data': 'D'}, 'versions': {'torch': '2'}, 'source': 'a', 'device': 'CPU',
-             'files': {'train-en.tsv': '1', 'dev-en.tsv': '2', 'model': '3', 'synonyms': None, **dict(files)}, 'changed': None,
-             'test_marks': by_lang, 'test': {lang: evaluate.accuracy(row) for lang, row in by_lang.items()}, 'cut': dict.fromkeys(by_lang, 0),
-             'answers': dict.fromkeys(by_lang, [10, 10]),
-             'args': {'task': 'sample', 'method': method, 'eps': eps, 'seed': seed, 'epochs': 4.0, 'max_length': 128, 'max_eval': None,
-                      'max_steps': 200, **own, **args}}
+    found = {'name': name or f'{method}-{eps}-{seed}', 'dev': dev, 'step': step, 'steps': 200,
+             'train_pairs': 5000, 'dtype': 'torch.float32',
+             'paths': {'model': 'somewhere/encoder', 'data': 'D'}, 'versions': {'torch': '2'}, 'source': 'a',
+             'device': 'CPU',
+             'files': {'train-en.tsv': '1', 'dev-en.tsv': '2', 'model': '3', 'synonyms': None, **dict(files)},
+             'changed': None, 'test_marks': by_lang,
+             'test': {lang: evaluate.accuracy(row) for lang, row in by_lang.items()},
+             'cut': dict.fromkeys(by_lang, 0), 'answers': dict.fromkeys(by_lang, [10, 10]),
+             'args': {'task': 'sample', 'method': method, 'eps': eps, 'seed': seed, 'epochs': 4.0,
+                      'max_length': 128, 'max_eval': None, 'max_steps': 200, **own, **args}}
     if dev_marks:
         found['dev_marks'] = dict(dict.fromkeys(by_lang, '1'), **dev_marks)
         found['dev_all'] = {lang: evaluate.accuracy(row) for lang, row in found['dev_marks'].items()}
@@ -1714,41 +1844,54 @@ def table_of(*records):
     """The one table of these records -> ({row: cells}, lines above, notes)."""
     group, = evaluate.groups(list(records))
     table = evaluate.table_of(group)
-    return {name: [cells.get(column, '-') for column in table.columns] for name, cells in table.rows}, table.above, table.below
+    return {name: [cells.get(column, '-') for column in table.columns]
+            for name, cells in table.rows}, table.above, table.below
 
 
 def test_the_table_of_four_runs_by_hand():
-    """Accuracies of two seeds each: plain 50 and 25 -> 37.5, sd 17.7; rs_r 75 and 100 -> 87.5; gains +25 and +75."""
-    runs = [record('rs_r', 0.1, 2, '1111'), record('plain', None, 2, '1000'), record('rs_r', 0.1, 1, '1110'), record('plain', None, 1, '1100')]
+    """Accuracies of two seeds each: plain 50 and 25 -> 37.5, sd 17.7; rs_r 75 and 100 -> 87.5; gains +25 and
+    +75.
+    """
+    runs = [record('rs_r', 0.1, 2, '1111'), record('plain', None, 2, '1000'),
+            record('rs_r', 0.1, 1, '1110'), record('plain', None, 1, '1100')]
     rows, above, below = table_of(*runs)
     assert list(rows) == ['plain', '  sd of 2 seeds', 'rs_r 0.1', '  gain over plain']
-    assert rows['plain'] == ['37.5'] * 8 and rows['rs_r 0.1'] == ['87.5'] * 8 and rows['  sd of 2 seeds'] == ['17.7'] * 8
-    # Items: (0, 1, 1, 1) - (0, 0.5, 0, 0)..: their gains 0 0.5 1 0.5, standard error sqrt(1/6)/2 = 20.4; seeds: 12.706 * 25 = 317.7.
+    assert (rows['plain'] == ['37.5'] * 8 and rows['rs_r 0.1'] == ['87.5'] * 8
+            and rows['  sd of 2 seeds'] == ['17.7'] * 8)
+    # Items: (0, 1, 1, 1) - (0, 0.5, 0, 0)..: their gains 0 0.5 1 0.5, standard error sqrt(1/6)/2 = 20.4;
+    # seeds: 12.706 * 25 = 317.7.
     half = math.hypot(1.96 * 100 * math.sqrt(1 / 6) / 2, 12.706 * 25)
     assert rows['  gain over plain'] == [f'+50.0 ±{half:.1f}'] * 8
     assert any('rs_r, each seed: +25.0 +75.0' in note for note in below)
 
 
 def test_a_table_says_above_it_what_it_is_of():
-    runs = [record('plain', None, 1, '10' * 500), record('rs_r', 0.1, 2, '10' * 500, extra={'steps': 201, 'device': 'GPU'}),
-            record('rs_a', None, 2, '10' * 500, extra={'source': 'b', 'versions': {'torch': '3'}, 'changed': 0.026})]
+    runs = [record('plain', None, 1, '10' * 500),
+            record('rs_r', 0.1, 2, '10' * 500, extra={'steps': 201, 'device': 'GPU'}),
+            record('rs_a', None, 2, '10' * 500,
+                   extra={'source': 'b', 'versions': {'torch': '3'}, 'changed': 0.026})]
     _, above, below = table_of(*runs)
-    for part in ('sample', 'seeds 1 2', 'model encoder', '200 to 201 steps', '5,000 training pairs', '1,000 test items', 'float32',
-                 'device: "CPU", "GPU"', 'source: "a", "b"', 'versions: {"torch": "2"}, {"torch": "3"}'):
+    for part in ('sample', 'seeds 1 2', 'model encoder', '200 to 201 steps', '5,000 training pairs',
+                 '1,000 test items', 'float32', 'device: "CPU", "GPU"', 'source: "a", "b"',
+                 'versions: {"torch": "2"}, {"torch": "3"}'):
         assert part in '\n'.join(above), part
     assert 'trial' not in '\n'.join(above) and any('changed 2.6% of the words' in note for note in below)
-    for trial in (record('plain', None, 1, '1' * 30), record('plain', None, 1, '1' * 1000, extra={'steps': 10})):
+    for trial in (record('plain', None, 1, '1' * 30),
+                  record('plain', None, 1, '1' * 1000, extra={'steps': 10})):
         assert 'A trial, not a result' in '\n'.join(table_of(trial)[1])
 
 
 def test_every_eps_is_a_row_and_english_dev_chooses():
-    grid = [(0.01, 1, '1110', 70, 'x6'), (0.01, 2, '1110', 60, 'x6'), (1.0, 1, '0011', 69, 'x1'), (1.0, 2, '0011', 59, 'x1')]
+    grid = [(0.01, 1, '1110', 70, 'x6'), (0.01, 2, '1110', 60, 'x6'),
+            (1.0, 1, '0011', 69, 'x1'), (1.0, 2, '0011', 59, 'x1')]
     runs = [record('plain', None, 1, '1100')]
-    runs += [record('adv', eps, seed, marks, dev=dev, dev_marks={lang: '0'}) for eps, seed, marks, dev, lang in grid]
+    runs += [record('adv', eps, seed, marks, dev=dev, dev_marks={lang: '0'})
+             for eps, seed, marks, dev, lang in grid]
     rows, _, below = table_of(*reversed(runs))
-    assert list(rows) == ['plain, n=1', 'adv 0.01 (from the start), chosen', '  sd of 2 seeds', '  gain over plain', '  oracle eps',
-                          'adv 1 (from the start)']
-    assert rows['  oracle eps'] == ['75.0'] * 6 + ['50.0', f'{(6 * 75 + 50) / 7:.1f}']       # x6 prefers 1.0; of equals the first
+    assert list(rows) == ['plain, n=1', 'adv 0.01 (from the start), chosen', '  sd of 2 seeds',
+                          '  gain over plain', '  oracle eps', 'adv 1 (from the start)']
+    # x6 prefers 1.0; of equals the first
+    assert rows['  oracle eps'] == ['75.0'] * 6 + ['50.0', f'{(6 * 75 + 50) / 7:.1f}']
     assert any('English dev, mean over seeds: 0.01 65.0 (n=2), 1 64.0 (n=2)' in note for note in below)
     assert any('adv (from the start), each seed: +25.0' in note for note in below)
     runs[-1]['dev'] = runs[-2]['dev'] = 90.0
@@ -1766,30 +1909,35 @@ def test_an_eps_of_fewer_seeds_is_shown_but_not_chosen():
     assert 'rs_r, each seed: +25.0 +25.0' in below and not any(note.startswith('chosen') for note in below)
     more = [record('rs_r', 0.1, seed, '1000', dev=65, dev_marks={'x1': '0'}) for seed in (1, 2)]
     rows, _, below = table_of(*runs, *more)
-    assert 'rs_r 0.1, chosen' in rows and 'rs_r 1, n=1' in rows and any(note.startswith('chosen') for note in below)
-    assert rows['  oracle eps'] == ['75.0'] * 8             # among the two of two seeds; x1 is best with 1.0, of one
+    assert ('rs_r 0.1, chosen' in rows and 'rs_r 1, n=1' in rows
+            and any(note.startswith('chosen') for note in below))
+    # among the two of two seeds; x1 is best with 1.0, of one
+    assert rows['  oracle eps'] == ['75.0'] * 8
 
 
 def test_a_label_names_what_tells_a_run_apart_and_nothing_that_is_off():
-    runs = [record('rs_a', None, 1, '10', english_only=False), record('rs_a', None, 1, '11', english_only=True),
+    runs = [record('rs_a', None, 1, '10', english_only=False),
+            record('rs_a', None, 1, '11', english_only=True),
             record('rs_a', None, 1, '01', english_only=False, replace='authors', p=None)]
-    assert list(evaluate.variants(runs)) == ['rs_a p=0.1 replace=paper', 'rs_a p=0.1 replace=paper english_only',
-                                             'rs_a replace=authors']
+    assert list(evaluate.variants(runs)) == [
+        'rs_a p=0.1 replace=paper', 'rs_a p=0.1 replace=paper english_only', 'rs_a replace=authors']
     layers = [record('rs_r', 0.1, 1, '10', layer=layer) for layer in (0, 1)]
     assert list(evaluate.variants(layers)) == ['rs_r layer=0', 'rs_r layer=1']
 
 
 def test_records_that_do_not_belong_together_get_tables_of_their_own_and_are_told_apart(capsys):
     a, b = record('plain', None, 1, '10', name='a'), record('plain', None, 2, '10', name='b', max_steps=9)
-    runs = [record('rs_a', None, 1, '11', name='c', epochs=3.0), a, b, record('adv', 0.1, 1, '01', name='e', adv_steps=3),
+    runs = [record('rs_a', None, 1, '11', name='c', epochs=3.0), a, b,
+            record('adv', 0.1, 1, '01', name='e', adv_steps=3),
             record('rs_a', None, 1, '01', name='d', replace='authors', epochs=3.0)]
     found = evaluate.groups(runs)
     assert [[run['name'] for run in group] for group in found] == [['a', 'e', 'c', 'd'], ['b']]
-    assert list(evaluate.variants(found[0])) == ['plain', 'adv (from the start)', 'rs_a replace=paper', 'rs_a replace=authors']
+    assert list(evaluate.variants(found[0])) == ['plain', 'adv (from the start)', 'rs_a replace=paper',
+                                                 'rs_a replace=authors']
     evaluate.report(runs)
     assert 'In no table with a: max_steps 9 and 200.' in capsys.readouterr().out
-    for changes in ({'files': {'model': 'other'}}, {'files': {'train-en.tsv': 'other'}}, {'extra': {'dtype': 'torch.bfloat16'}},
-                    {'max_eval': 2}, {'lr': 1}):
+    for changes in ({'files': {'model': 'other'}}, {'files': {'train-en.tsv': 'other'}},
+                    {'extra': {'dtype': 'torch.bfloat16'}}, {'max_eval': 2}, {'lr': 1}):
         one = record('plain', None, 1, '10', lr=changes.get('lr', 2), files={'test-x1.tsv': '1'})
         other = record('rs_r', 0.1, 1, '10', **{'lr': 2, **changes})
         assert len(evaluate.groups([one, other])) == (1 if changes == {'lr': 1} else 2), changes
@@ -1797,7 +1945,8 @@ def test_records_that_do_not_belong_together_get_tables_of_their_own_and_are_tol
                   ((1, 'test-x1.tsv', 'a'), (2, 'test-x1.tsv', 'b')))
     assert len(evaluate.groups([one, other])) == 2
     other['files'] = {**other['files'], 'test-x1.tsv': 'a', 'test-yo.tsv': 'c', 'synonyms': 's'}
-    assert len(evaluate.groups([one, other])) == 1          # a file that one alone names, and the neighbour file
+    # a file that one alone names, and the neighbour file
+    assert len(evaluate.groups([one, other])) == 1
 
 
 def test_runs_that_differ_share_no_picture(monkeypatch, tmp_path):
@@ -1833,7 +1982,8 @@ def test_numbers_of_items_never_mix():
 
 
 def test_a_run_counts_once(capsys):
-    runs = [record('plain', None, 1, '1100', name='folder'), record('plain', None, 1, '1100', name='runs.jsonl:1')]
+    runs = [record('plain', None, 1, '1100', name='folder'),
+            record('plain', None, 1, '1100', name='runs.jsonl:1')]
     assert list(table_of(*runs)[0]) == ['plain'] and not capsys.readouterr().err
     runs[1]['test_marks'] = dict.fromkeys(LANGS, '0000')
     assert table_of(*runs)[0]['plain'] == ['50.0'] * 8
@@ -1844,19 +1994,26 @@ def test_a_run_counts_once(capsys):
 
 def test_one_answer_for_nearly_every_item_is_marked():
     counts = [[98, 2], [50, 50], [96, 4]]
-    runs = [record('rs_r', 1.0, seed, '10', extra={'answers': {'en': pair}}) for seed, pair in enumerate(counts)]
+    runs = [record('rs_r', 1.0, seed, '10', extra={'answers': {'en': pair}})
+            for seed, pair in enumerate(counts)]
     rows, _, below = table_of(*runs)
-    assert list(rows)[0] == 'rs_r 1 †' and '†: rs_r 1: one answer for 95% or more of English items in 2 of 3 seeds' in below
-    assert not any('†' in name for name in table_of(record('rs_r', 1.0, 1, '10', extra={'answers': {'en': [94, 6]}}))[0])
+    assert (list(rows)[0] == 'rs_r 1 †'
+            and '†: rs_r 1: one answer for 95% or more of English items in 2 of 3 seeds' in below)
+    assert not any('†' in name for name in table_of(
+        record('rs_r', 1.0, 1, '10', extra={'answers': {'en': [94, 6]}}))[0])
 
 
 def test_a_language_without_labels_is_shown_and_not_averaged():
-    marks = [{**dict.fromkeys(LANGS, '1100'), 'x1': '1111', 'x2': None}, {**dict.fromkeys(LANGS, '1110'), 'x1': '1111', 'x2': None}]
+    marks = [{**dict.fromkeys(LANGS, '1100'), 'x1': '1111', 'x2': None},
+             {**dict.fromkeys(LANGS, '1110'), 'x1': '1111', 'x2': None}]
     rows, _, below = table_of(record('plain', None, 1, marks[0]), record('rs_r', 0.1, 1, marks[1]))
-    assert rows['plain'] == ['50.0', '100.0', '-', '50.0', '50.0', '50.0', '50.0', f'{(100 + 5 * 50) / 6:.1f}']
+    assert rows['plain'] == ['50.0', '100.0', '-', '50.0', '50.0', '50.0', '50.0',
+                             f'{(100 + 5 * 50) / 6:.1f}']
     assert rows['  gain over plain'][2] == '-' and any(note.startswith('x2: no labels') for note in below)
-    points, half = evaluate.gain([record('rs_r', 0.1, 1, marks[1])], [record('plain', None, 1, marks[0])], LANGS)
-    assert points[2].isnan() and half[2].isnan() and points[7] == pytest.approx(5 * 25 / 6) and half[7].isfinite()
+    points, half = evaluate.gain([record('rs_r', 0.1, 1, marks[1])], [record('plain', None, 1, marks[0])],
+                                 LANGS)
+    assert (points[2].isnan() and half[2].isnan() and points[7] == pytest.approx(5 * 25 / 6)
+            and half[7].isfinite())
     del marks[1]['x3']              # trained with fewer --langs: averages stay of the same languages
     rows, *_ = table_of(record('plain', None, 1, marks[0]), record('rs_r', 0.1, 1, marks[1]))
     assert rows['plain'][3] == '-' and rows['plain'][7] == f'{(100 + 4 * 50) / 5:.1f}'
@@ -1874,7 +2031,8 @@ def test_ones_own_language_comes_after_the_papers_and_the_paper_has_none():
     assert rows['  paper, plain'] == {'en': '93.8', 'de': '85.8'}
     del marks['yo']
     group, = evaluate.groups([record('plain', None, 1, marks, task='pawsx')])
-    assert dict(evaluate.table_of(group).rows)['  paper, plain'] == {'en': '93.8', 'de': '85.8', 'avg.': '89.8'}
+    assert dict(evaluate.table_of(group).rows)['  paper, plain'] == {'en': '93.8', 'de': '85.8',
+                                                                     'avg.': '89.8'}
 
 
 def test_rows_of_the_paper_have_the_averages_that_it_prints():
@@ -1882,22 +2040,28 @@ def test_rows_of_the_paper_have_the_averages_that_it_prints():
         assert list(rows) == ['mBERT*', 'plain', 'adv', 'rs_r', 'rs_a']
         for row in rows.values():
             *scores, average = map(float, row.split())
-            assert len(scores) == len(data.TASKS[task].languages) and sum(scores) / len(scores) == pytest.approx(average, abs=0.051)
+            assert (len(scores) == len(data.TASKS[task].languages)
+                    and sum(scores) / len(scores) == pytest.approx(average, abs=0.051))
 
 
 def test_a_table_reads_as_plain_text():
-    table = evaluate.Table(['above'], ['en', 'avg.'], [('plain', {'en': '9.5', 'avg.': '10.0'}), ('  sd', {'en': '+2.0 ±1.2'})], ['below'])
+    table = evaluate.Table(['above'], ['en', 'avg.'], [('plain', {'en': '9.5', 'avg.': '10.0'}),
+                                                       ('  sd', {'en': '+2.0 ±1.2'})], ['below'])
     assert evaluate.render(table) == '\n'.join([
-        'above', '', '|       |        en | avg. |', '| ----- | --------: | ---: |', '| plain |       9.5 | 10.0 |',
-        '|   sd  | +2.0 ±1.2 |    - |', '', '- below', ''])
+        'above', '', '|       |        en | avg. |', '| ----- | --------: | ---: |',
+        '| plain |       9.5 | 10.0 |', '|   sd  | +2.0 ±1.2 |    - |', '', '- below', ''])
 
 
 # ---------------------------------------------------------------- evaluate.py: the interval
 
 def test_the_interval_by_hand():
-    """Two seeds, four items, two languages; the error over items, over seeds, and of the average over languages."""
-    plain = [record('plain', None, seed, {'en': a, 'x1': b}) for seed, a, b in ((1, '0000', '0001'), (2, '0010', '0000'), (9, '1111', '1111'))]
-    ours = [record('rs_r', 0.1, seed, {'en': a, 'x1': b}) for seed, a, b in ((2, '1110', '1000'), (1, '1000', '1001'), (7, '0000', '0000'))]
+    """Two seeds, four items, two languages; the error over items, over seeds, and of the average over
+    languages.
+    """
+    plain = [record('plain', None, seed, {'en': a, 'x1': b})
+             for seed, a, b in ((1, '0000', '0001'), (2, '0010', '0000'), (9, '1111', '1111'))]
+    ours = [record('rs_r', 0.1, seed, {'en': a, 'x1': b})
+            for seed, a, b in ((2, '1110', '1000'), (1, '1000', '1001'), (7, '0000', '0000'))]
     points, half = evaluate.gain(ours, plain, ['en', 'x1'])
     # Seeds 1 and 2 alone. en: items 1 .5 0 0 -> 37.5; x1: 1 0 0 0 -> 25; each seed: en 25, 50, x1 25, 25.
     assert points.tolist() == [37.5, 25.0, 31.25]
@@ -1915,10 +2079,13 @@ def test_the_interval_by_hand():
 
 
 def test_the_three_rows_of_a_premise_are_one_item():
-    """Each row three times over: XNLI's interval stays that of the distinct ones. A last premise may be short."""
+    """Each row three times over: XNLI's interval stays that of the distinct ones. A last premise may be
+    short.
+    """
     marks = {'plain': '1001100101', 'rs_r': '1011101101'}
     single = [record(method, 0.1, 1, {'en': row}) for method, row in marks.items()]
-    triple = [record(method, 0.1, 1, {'en': ''.join(mark * 3 for mark in row)}, task='xnli') for method, row in marks.items()]
+    triple = [record(method, 0.1, 1, {'en': ''.join(mark * 3 for mark in row)}, task='xnli')
+              for method, row in marks.items()]
     expected = evaluate.gain(single[1:], single[:1], ['en'])
     assert torch.allclose(torch.stack(evaluate.gain(triple[1:], triple[:1], ['en'])), torch.stack(expected))
     for run in triple:
@@ -1926,11 +2093,14 @@ def test_the_three_rows_of_a_premise_are_one_item():
     gains = [int(a) - int(b) for a, b in zip(*(run['test_marks']['en'] for run in reversed(triple)))]
     mean = sum(gains) / 10
     sums = [sum(g - mean for g in gains[at:at + 3]) / 10 for at in range(0, 10, 3)]
-    assert evaluate.gain(triple[1:], triple[:1], ['en'])[1][0] == pytest.approx(196 * math.sqrt(4 / 3 * sum(s * s for s in sums)))
+    assert evaluate.gain(triple[1:], triple[:1], ['en'])[1][0] == pytest.approx(
+        196 * math.sqrt(4 / 3 * sum(s * s for s in sums)))
 
 
 def test_the_interval_covers_the_truth_in_95_of_100_trials():
-    """Worlds with items and seeds of their own: the gain is 0.1 on average, its spread over seeds 0.03, over items 0.3."""
+    """Worlds with items and seeds of their own: the gain is 0.1 on average, its spread over seeds 0.03, over
+    items 0.3.
+    """
     generator, hits = torch.Generator().manual_seed(7), 0
     trials, items, seeds = 400, 200, 4
     for _ in range(trials):
@@ -1940,7 +2110,8 @@ def test_the_interval_covers_the_truth_in_95_of_100_trials():
             for seed in range(seeds):
                 chance = 0.2 + 0.5 * easy + shift + 0.03 * torch.randn(1, generator=generator)
                 right = torch.rand(items, 2, generator=generator) < chance
-                marks = {lang: ''.join('01'[mark] for mark in column) for lang, column in zip(('en', 'x1'), right.int().T.tolist())}
+                marks = {lang: ''.join('01'[mark] for mark in column)
+                         for lang, column in zip(('en', 'x1'), right.int().T.tolist())}
                 runs.append(record(method, 0.1, seed, marks))
         points, half = evaluate.gain(runs[seeds:], runs[:seeds], ['en', 'x1'])
         hits += int(abs(points[2] - 10) <= half[2])
@@ -1951,7 +2122,8 @@ def test_the_quantiles_are_students():
     """P(|t| < q) = 0.95 by numerical integration of the density."""
     for freedom in (1, 2, 4, 9, 30):
         x = torch.linspace(0, evaluate.T975[freedom - 1], 200001, dtype=torch.double)
-        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+        scale = (math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+                 / math.sqrt(freedom * math.pi))
         density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
         assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
     assert len(evaluate.T975) == 30 and list(evaluate.T975) == sorted(evaluate.T975, reverse=True)
@@ -1960,7 +2132,8 @@ def test_the_quantiles_are_students():
 # ---------------------------------------------------------------- evaluate.py: beyond the tables
 
 def test_generalized_pairs_two_languages_and_leaves_out_rows_that_mean_nothing(tmp_path, monkeypatch):
-    rows = {'en': [('a', 'b', '1'), ('c', 'd', '0'), ('e', 'f', '0')], 'de': [('A', 'B', '1'), ('C', 'D', '1'), ('E', 'NS', '0')],
+    rows = {'en': [('a', 'b', '1'), ('c', 'd', '0'), ('e', 'f', '0')],
+            'de': [('A', 'B', '1'), ('C', 'D', '1'), ('E', 'NS', '0')],
             'ja': [('x', 'y'), ('z', 'w'), ('NS', 'v')]}
     (tmp_path / 'pawsx').mkdir()
     for lang, pairs in rows.items():
@@ -1973,10 +2146,13 @@ def test_generalized_pairs_two_languages_and_leaves_out_rows_that_mean_nothing(t
     monkeypatch.setattr(evaluate, 'predict', predict)
     model = types.SimpleNamespace(config=types.SimpleNamespace(id2label={0: '0', 1: '1'}))
     found = evaluate.generalized(model, None, 'pawsx', tmp_path, ['en', 'de', 'ja'])
-    assert seen['en-de'] == [('a', 'B', 1)] and seen['de-en'] == [('A', 'b', 1)] and seen['ja-en'] == [('x', 'b', 1), ('z', 'd', 0)]
-    assert seen['en-en'] == [('a', 'b', 1), ('c', 'd', 0), ('e', 'f', 0)] and seen['de-de'] == [('A', 'B', 1), ('C', 'D', 1)]
+    assert (seen['en-de'] == [('a', 'B', 1)] and seen['de-en'] == [('A', 'b', 1)]
+            and seen['ja-en'] == [('x', 'b', 1), ('z', 'd', 0)])
+    assert (seen['en-en'] == [('a', 'b', 1), ('c', 'd', 0), ('e', 'f', 0)]
+            and seen['de-de'] == [('A', 'B', 1), ('C', 'D', 1)])
     table = dict(evaluate.generalized_rows(found, ['en', 'de', 'ja'])[0])
-    assert table['en'] == {'en': '33.3', 'de': '100.0', 'ja': '50.0'} and 'ja' not in table['ja'] and table['de']['de'] == '100.0'
+    assert (table['en'] == {'en': '33.3', 'de': '100.0', 'ja': '50.0'} and 'ja' not in table['ja']
+            and table['de']['de'] == '100.0')
     assert [found[f'en-{lang}']['items'] for lang in ('en', 'de', 'ja')] == [3, 1, 2]
     note, = evaluate.generalized_rows(found, ['en', 'de', 'ja'])[1]
     assert note.startswith('mean of 6 pairs of two languages: 83.3; left out: ')
@@ -1987,7 +2163,9 @@ def test_generalized_pairs_two_languages_and_leaves_out_rows_that_mean_nothing(t
 
 @pytest.fixture(scope='session')
 def finished(small, tmp_path_factory):
-    """finished(name, **args): a run folder of an untrained classifier in the small sample world, with a record."""
+    """finished(name, **args): a run folder of an untrained classifier in the small sample world, with a
+    record.
+    """
     folder = tmp_path_factory.mktemp('finished')
     torch.manual_seed(3)
     model, tokenizer = evaluate.load_encoder(str(small / 'sample/model'), 'sample')
@@ -2017,7 +2195,8 @@ def called(capsys, *words):
 
 def contents(*folders):
     """Every file below, with what it holds."""
-    return {path: path.read_bytes() for folder in folders for path in sorted(Path(folder).rglob('*')) if path.is_file()}
+    return {path: path.read_bytes()
+            for folder in folders for path in sorted(Path(folder).rglob('*')) if path.is_file()}
 
 
 def cells_of(printed, row):
@@ -2025,9 +2204,12 @@ def cells_of(printed, row):
     return [cell.strip() for cell in line.split('|')[2:-1]]
 
 
-@pytest.mark.parametrize('flags', ['', '--max-eval 10', '--langs x1 en', '--data DIR', '--data DIR --max-eval 1', '--generalized --max-eval 5',
-                                   '--smooth 3', '--smooth 2 --eps 0.5 --data DIR', '--regions --radii 0 1 --steps 2 --langs x1 --data DIR'])
-def test_nothing_changes_a_run_and_every_figure_says_what_it_is_of(flags, finished, small, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('flags', ['', '--max-eval 10', '--langs x1 en', '--data DIR',
+                                   '--data DIR --max-eval 1', '--generalized --max-eval 5', '--smooth 3',
+                                   '--smooth 2 --eps 0.5 --data DIR',
+                                   '--regions --radii 0 1 --steps 2 --langs x1 --data DIR'])
+def test_nothing_changes_a_run_and_every_figure_says_what_it_is_of(flags, finished, small, tmp_path, capsys,
+                                                                   monkeypatch):
     folder = finished('rs_r')
     shutil.copytree(small, tmp_path / 'DIR')
     monkeypatch.chdir(tmp_path)
@@ -2035,8 +2217,10 @@ def test_nothing_changes_a_run_and_every_figure_says_what_it_is_of(flags, finish
     table = called(capsys, folder)
     printed = called(capsys, folder, *flags.split())
     assert contents(folder, tmp_path) == before and called(capsys, folder) == table
-    expected = {'--data DIR': 'test files of DIR', '--max-eval 10': ', 10 items', '--langs x1 en': 'languages x1 en', '--smooth 3': '3 passes',
-                '--eps 0.5': 'eps 0.5', '--steps 2': 'PGD of 2 steps', '--regions': 'upper bound', '--generalized': 'left out: rows whose two labels differ'}
+    expected = {'--data DIR': 'test files of DIR', '--max-eval 10': ', 10 items',
+                '--langs x1 en': 'languages x1 en', '--smooth 3': '3 passes', '--eps 0.5': 'eps 0.5',
+                '--steps 2': 'PGD of 2 steps', '--regions': 'upper bound',
+                '--generalized': 'left out: rows whose two labels differ'}
     for flag, text in expected.items():
         assert flag not in flags or text in printed, (flag, printed)
     if flags:
@@ -2051,40 +2235,50 @@ def test_what_is_scored_anew_is_what_is_asked_for(finished, small, tmp_path, cap
     expected = [evaluate.accuracy(held[lang][:10]) for lang in ('x2', 'en')]
     assert cells_of(printed, 'rs_r') == [f'{score:.1f}' for score in [*expected, sum(expected) / 2]]
     shutil.copytree(small, tmp_path / 'D')
-    shutil.copy(tmp_path / 'D/sample/test-x3.tsv', tmp_path / 'D/sample/test-yo.tsv')       # one's own language
+    # one's own language
+    shutil.copy(tmp_path / 'D/sample/test-x3.tsv', tmp_path / 'D/sample/test-yo.tsv')
     own = called(capsys, folder, '--langs', 'yo', '--data', tmp_path / 'D')
     assert cells_of(own, 'rs_r') == [f'{evaluate.accuracy(held["x3"]):.1f}'] * 2
     rows = data.read_pairs(tmp_path / 'D/sample/test-x1.tsv', 'sample')
     data.write_pairs(tmp_path / 'D/sample/test-x1.tsv', [(a, b) for a, b, _ in rows])
-    assert cells_of(called(capsys, folder, '--langs', 'x1', 'x3', '--data', tmp_path / 'D'), 'rs_r') == ['-', *cells_of(own, 'rs_r')]
+    assert cells_of(called(capsys, folder, '--langs', 'x1', 'x3', '--data', tmp_path / 'D'),
+                    'rs_r') == ['-', *cells_of(own, 'rs_r')]
 
 
-def test_smoothing_is_by_noise_of_the_asked_size_at_the_layer_of_the_training(finished, small, capsys, monkeypatch):
+def test_smoothing_is_by_noise_of_the_asked_size_at_the_layer_of_the_training(finished, small, capsys,
+                                                                              monkeypatch):
     folder, deep = finished('rs_r'), finished('rs_r-deep', layer=2)
     plain = cells_of(called(capsys, folder, '--max-eval', '30'), 'rs_r')
     assert cells_of(called(capsys, folder, '--smooth', '3', '--eps', '0'), 'rs_r') == plain
     assert cells_of(called(capsys, folder, '--smooth', '3', '--eps', '30'), 'rs_r') != plain
     asked = []
-    monkeypatch.setattr(robust, 'worst_delta', lambda model, batch, **options: asked.append(options) or robust.uniform_delta(
-        model, batch, options['eps'], options['layer'], options['generator']))
+    monkeypatch.setattr(robust, 'worst_delta', lambda model, batch, **options: asked.append(options)
+                        or robust.uniform_delta(model, batch, options['eps'], options['layer'],
+                                                options['generator']))
     applied = []
     perturbed = robust.perturbed
-    monkeypatch.setattr(robust, 'perturbed', lambda model, delta, layer=0: applied.append(layer) or perturbed(model, delta, layer))
+    monkeypatch.setattr(robust, 'perturbed', lambda model, delta, layer=0: applied.append(layer)
+                        or perturbed(model, delta, layer))
     for run, layer in ((folder, 0), (deep, 2)):
         asked.clear(), applied.clear()
-        assert f'layer {layer}, seed 5' in called(capsys, run, '--smooth', '3', '--langs', 'en', '--seed', '5')
+        assert f'layer {layer}, seed 5' in called(capsys, run, '--smooth', '3', '--langs', 'en',
+                                                  '--seed', '5')
         assert {o['generator'].initial_seed() for o in asked} == {5}
-        assert {(o['eps'], o['layer'], o['steps']) for o in asked} == {(0.1, layer, 0)} and applied[-3:] == [layer] * 3
+        assert ({(o['eps'], o['layer'], o['steps']) for o in asked} == {(0.1, layer, 0)}
+                and applied[-3:] == [layer] * 3)
         asked.clear(), applied.clear()
         called(capsys, run, '--regions', '--steps', '3', '--radii', '0.5', '--langs', 'en')
-        assert [(o['eps'], o['layer'], o['steps']) for o in asked] == [(0.5, layer, 0), (0.5, layer, 3)] and applied[-2:] == [layer] * 2
+        assert ([(o['eps'], o['layer'], o['steps']) for o in asked] == [(0.5, layer, 0), (0.5, layer, 3)]
+                and applied[-2:] == [layer] * 2)
 
 
-def test_attack_is_worse_than_noise_and_its_gradient_is_of_float32_logits(finished, small, capsys, monkeypatch):
+def test_attack_is_worse_than_noise_and_its_gradient_is_of_float32_logits(finished, small, capsys,
+                                                                          monkeypatch):
     folder = finished('rs_r')
     printed = called(capsys, folder, '--regions', '--langs', 'en', '--radii', '0', '0.3')
     noise, attack = cells_of(printed, 'en noise'), cells_of(printed, 'en attack')
-    assert noise[0] == attack[0] and float(attack[1]) < float(attack[0]) - 5 and float(attack[1]) < float(noise[1])
+    assert (noise[0] == attack[0] and float(attack[1]) < float(attack[0]) - 5
+            and float(attack[1]) < float(noise[1]))
     model, tokenizer = evaluate.load(str(folder))
     dtypes, forward = [], model.forward
 
@@ -2098,22 +2292,39 @@ def test_attack_is_worse_than_noise_and_its_gradient_is_of_float32_logits(finish
     assert torch.bfloat16 in [dtype for dtype, attacked in dtypes if not attacked]
 
 
+def test_a_run_named_twice_is_measured_once(monkeypatch):
+    measured = []
+
+    def measure(name, record, args):
+        measured.append((name, record['name']))
+        return evaluate.Table([], [], [], []), {}
+    monkeypatch.setattr(evaluate, 'find_run', lambda name, args: record('plain', None, 1, '10', name=name))
+    monkeypatch.setattr(evaluate, 'measure', measure)
+    records, tables, results = evaluate.measure_all(evaluate.parse_args(['a', 'b', 'a', '--regions']))
+    assert measured == [('a', 'a'), ('b', 'b')] and len(records) == len(tables) == len(results) == 2
+
+
 def test_the_picture_of_the_regions_hides_nothing(tmp_path):
     pytest.importorskip('matplotlib')
     found = {lang: {'noise': [90.0, 80.0], 'attack': [90.0, 60.0]} for lang in LANGS[:5]}
     other = {lang: {'noise': [90.0, 70.0], 'attack': [90.0, 60.0]} for lang in LANGS[:5]}
-    found |= {'x5': {'noise': [None, None], 'attack': [None, None]}, 'x6': found['x1']}      # without labels; not in every run
+    # without labels; not in every run
+    found |= {'x5': {'noise': [None, None], 'attack': [None, None]}, 'x6': found['x1']}
     figure = evaluate.draw_regions({'plain': [found], 'rs_r 0.1': [found, other]}, [0, 0.1], 'of what', 50.0)
     panels = [axes for axes in figure.axes if axes.axison]
-    assert [axes.get_title() for axes in panels] == list(LANGS[:5]) and figure.get_suptitle().startswith('of what') and 'embedding coordinates' in figure.get_suptitle()
+    assert ([axes.get_title() for axes in panels] == list(LANGS[:5])
+            and figure.get_suptitle().startswith('of what')
+            and 'in coordinates of Enc(x)' in figure.get_suptitle())
     for axes in panels:
         assert 'L-inf' in axes.get_xlabel() and '%' in axes.get_ylabel()
-        assert [label.get_text() for label in axes.get_xticklabels()] == ['0', '0.1'] and axes.xaxis.get_tick_params()['labelbottom']
+        assert ([label.get_text() for label in axes.get_xticklabels()] == ['0', '0.1']
+                and axes.xaxis.get_tick_params()['labelbottom'])
         chance, *curves = axes.get_lines()
         assert 'chance' in chance.get_label() and set(chance.get_ydata()) == {50.0}
         assert [list(curve.get_ydata()) for curve in curves] == [[90, 80], [90, 60], [90, 75], [90, 60]]
         sizes = [curve.get_linewidth() for curve in curves]
-        assert sizes == sorted(set(sizes), reverse=True) and len({curve.get_marker() for curve in curves}) == 2
+        assert (sizes == sorted(set(sizes), reverse=True)
+                and len({curve.get_marker() for curve in curves}) == 2)
         assert all(curve.get_fillstyle() == 'none' for curve in curves)
     for name, begin in (('a.png', b'\x89PNG'), ('a.svg', b'<?xml')):
         evaluate.save_picture(figure, tmp_path / name)
@@ -2136,7 +2347,8 @@ def test_minus_o_writes_what_it_names_and_nothing_else(finished, tmp_path, capsy
     assert 'majority over 2 passes' in json.loads((tmp_path / 'smooth.json').read_text())[0]['above'][0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ['smooth.json', 'table.json']
     pytest.importorskip('matplotlib')
-    called(capsys, folder, '--regions', '--radii', '0', '1', '--max-eval', '4', '--langs', 'en', '-o', tmp_path / 'a.svg')
+    called(capsys, folder, '--regions', '--radii', '0', '1', '--max-eval', '4', '--langs', 'en',
+           '-o', tmp_path / 'a.svg')
     assert '<svg' in (tmp_path / 'a.svg').read_text()
 
 
@@ -2155,14 +2367,16 @@ def test_what_cannot_be_written_is_printed_first(flags, finished, small, tmp_pat
     assert '| ---' in capsys.readouterr().out and (tmp_path / 'file').read_text() == 'not a folder'
 
 
-def test_any_classifier_with_the_labels_in_any_order_is_scored_rightly(finished, small, tmp_path, capsys, monkeypatch):
+def test_any_classifier_with_the_labels_in_any_order_is_scored_rightly(finished, small, tmp_path, capsys,
+                                                                       monkeypatch):
     folder = finished('rs_r')
     held = json.loads((folder / 'results.json').read_text())
     model, tokenizer = evaluate.load(str(folder))
     with torch.no_grad():
         for p in (model.classifier.weight, model.classifier.bias):
             p.copy_(p.flip(0))
-    model.config.id2label, model.config.label2id = {0: 'PARAPHRASE', 1: 'Different'}, {'PARAPHRASE': 0, 'Different': 1}
+    model.config.id2label, model.config.label2id = ({0: 'PARAPHRASE', 1: 'Different'},
+                                                    {'PARAPHRASE': 0, 'Different': 1})
     model.save_pretrained(tmp_path / 'team/other')
     tokenizer.save_pretrained(tmp_path / 'team/other')
     monkeypatch.chdir(tmp_path)
@@ -2174,16 +2388,20 @@ def test_any_classifier_with_the_labels_in_any_order_is_scored_rightly(finished,
     predicted = (tmp_path / 'out/sample/test-x1.tsv').read_text().splitlines()
     pairs = data.read_pairs(small / 'sample/test-x1.tsv', 'sample')
     labels = data.TASKS['sample'].labels
-    assert ''.join(str(int(p == labels[pair.label])) for p, pair in zip(predicted, pairs, strict=True)) == held['test_marks']['x1']
+    assert ''.join(str(int(p == labels[pair.label]))
+                   for p, pair in zip(predicted, pairs, strict=True)) == held['test_marks']['x1']
     assert len(list((tmp_path / 'out/sample').iterdir())) == 7
     (small_copy := tmp_path / 'D').mkdir()
     shutil.copytree(small / 'sample', small_copy / 'sample')
-    (small_copy / 'sample/test-x6.tsv').write_bytes(b'broken\n')        # among good ones: nothing is rewritten
+    # among good ones: nothing is rewritten
+    (small_copy / 'sample/test-x6.tsv').write_bytes(b'broken\n')
     before = contents(tmp_path)
     with pytest.raises(data.InputError, match='test-x6.tsv'):
-        called(capsys, 'team/other', '--task', 'sample', '--data', small_copy, '--float32', '--max-eval', '3', '-o', 'out')
+        called(capsys, 'team/other', '--task', 'sample', '--data', small_copy, '--float32',
+               '--max-eval', '3', '-o', 'out')
     assert contents(tmp_path) == before
-    with pytest.raises(data.InputError, match='paraphrase, different; xnli has contradiction, entailment, neutral'):
+    with pytest.raises(data.InputError,
+                       match='paraphrase, different; xnli has contradiction, entailment, neutral'):
         called(capsys, 'team/other', '--task', 'xnli', '--data', small)
 
 
@@ -2209,8 +2427,10 @@ def test_out_of_memory_names_the_batch(finished, capsys, monkeypatch):
         called(capsys, finished('rs_r'), '--max-eval', '3')
 
 
-WRONG = [       # flags after a run folder RUN of rs_r, one PLAIN, one of pawsx OTHER, or LINES.jsonl; what the line says
-    ('LINES.jsonl --max-eval 3', 'LINES.jsonl: results without their models; to measure anew, name run folders'),
+# flags after a run folder RUN of rs_r, one PLAIN, one of pawsx OTHER, or LINES.jsonl; what the line says
+WRONG = [
+    ('LINES.jsonl --max-eval 3',
+     'LINES.jsonl: results without their models; to measure anew, name run folders'),
     ('LINES.jsonl --regions', 'LINES.jsonl: results without their models'),
     ('PLAIN --smooth 3', 'PLAIN: plain has no eps of its own; say --eps'),
     ('RUN OTHER --generalized', 'RUN .*OTHER: runs of several tasks'),
@@ -2225,8 +2445,10 @@ WRONG = [       # flags after a run folder RUN of rs_r, one PLAIN, one of pawsx 
 
 
 @pytest.mark.parametrize('words, message', WRONG)
-def test_what_cannot_be_done_is_one_line_before_anything_is_measured(words, message, finished, tmp_path, capsys, monkeypatch):
-    for name, folder in {'RUN': finished('rs_r'), 'PLAIN': finished('plain', 'plain', None), 'OTHER': finished('rs_r')}.items():
+def test_what_cannot_be_done_is_one_line_before_anything_is_measured(words, message, finished, tmp_path,
+                                                                     capsys, monkeypatch):
+    for name, folder in {'RUN': finished('rs_r'), 'PLAIN': finished('plain', 'plain', None),
+                         'OTHER': finished('rs_r')}.items():
         shutil.copytree(folder, tmp_path / name)
     (tmp_path / 'LINES.jsonl').write_text((tmp_path / 'RUN/results.json').read_text())
     held = (tmp_path / 'OTHER/results.json').read_text()
@@ -2238,8 +2460,10 @@ def test_what_cannot_be_done_is_one_line_before_anything_is_measured(words, mess
     assert '\n' not in str(error.value) and contents(tmp_path) == before and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize('words', ['RUN --smooth 3 --regions', 'RUN --generalized --smooth 2', 'RUN --regions --generalized', 'RUN --smooth 0',
-                                   'RUN --regions --radii -1', 'RUN --steps 0 --regions', 'RUN --markdown', 'RUN --split dev', ''])
+@pytest.mark.parametrize('words', ['RUN --smooth 3 --regions', 'RUN --generalized --smooth 2',
+                                   'RUN --regions --generalized', 'RUN --smooth 0',
+                                   'RUN --regions --radii -1', 'RUN --steps 0 --regions', 'RUN --markdown',
+                                   'RUN --split dev', ''])
 def test_a_wrong_command_line_is_argparses_one_line(words, capsys):
     with pytest.raises(SystemExit) as error:
         evaluate.parse_args(words.split())
@@ -2251,17 +2475,20 @@ def test_the_help_has_a_word_for_every_flag(capsys):
         evaluate.parse_args(['--help'])
     printed = capsys.readouterr().out
     assert 'default: None' not in printed and '--split' not in printed and '--markdown' not in printed
-    for flag in '--generalized --smooth --regions --radii --steps --eps --langs --task --data --max-eval --batch --seed --float32 --output'.split():
+    for flag in ('--generalized --smooth --regions --radii --steps --eps --langs --task --data --max-eval '
+                 '--batch --seed --float32 --output').split():
         assert flag in printed
 
 
 def test_tables_need_neither_model_nor_data(finished, tmp_path):
     """Folders and lines may stand side by side; a script prints them and ends well."""
-    (tmp_path / 'runs.jsonl').write_text((finished('rs_r') / 'results.json').read_text() + (finished('plain', 'plain', None) / 'results.json').read_text())
-    ended = subprocess.run([sys.executable, HERE / 'evaluate.py', tmp_path / 'runs.jsonl', finished('rs_r')], capture_output=True, text=True,
-                           env={**os.environ, 'PYTHONPATH': str(HERE)})
+    (tmp_path / 'runs.jsonl').write_text((finished('rs_r') / 'results.json').read_text()
+                                         + (finished('plain', 'plain', None) / 'results.json').read_text())
+    ended = subprocess.run([sys.executable, HERE / 'evaluate.py', tmp_path / 'runs.jsonl', finished('rs_r')],
+                           capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(HERE)})
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
-    assert ended.stdout.count('| rs_r 0.1 ') == 1 and '| plain ' in ended.stdout and 'A trial, not a result: 200 steps, 30 items.' in ended.stdout
+    assert (ended.stdout.count('| rs_r 0.1 ') == 1 and '| plain ' in ended.stdout
+            and 'A trial, not a result: 200 steps, 30 items.' in ended.stdout)
 
 
 # ---------------------------------------------------------------- distance.py
@@ -2293,7 +2520,8 @@ def test_one_iteration_of_the_aligner_by_hand():
         values = torch.tensor([count + 0.01, total + 0.01 * words], dtype=torch.double).digamma()
         return pytest.approx((values[0] - values[1]).exp().item())
     assert table[one.entry][0, 0].tolist() == [bayes(0.16, 0.24, 2), bayes(0.92 + near, 0.92 + 0.92, 2)]
-    assert table[two.entry][0, 1].tolist() == [bayes(0.08, 0.24, 2), bayes(far, 1.84, 2), bayes(near, 0.92, 2)]
+    assert table[two.entry][0, 1].tolist() == [bayes(0.08, 0.24, 2), bayes(far, 1.84, 2),
+                                               bayes(near, 0.92, 2)]
 
 
 def test_p_of_the_null_word_and_the_rest_sum_to_one():
@@ -2360,7 +2588,8 @@ def test_a_known_dictionary_is_found_whatever_the_order():
 
 
 def test_words_without_a_counterpart_go_to_the_null_word():
-    """Six words of 26 and their translations, and a Z that no word explains: most of the time it has no link."""
+    """Six words of 26 and their translations, and a Z that no word explains: most of the time it has no link.
+    """
     rng, pairs = random.Random(0), []
     for _ in range(200):
         source = rng.sample('abcdefghijklmnopqrstuvwxyz', 6)
@@ -2382,7 +2611,8 @@ def test_both_directions_are_intersected(monkeypatch):
 def test_empty_sides_and_long_sentences_do_no_harm():
     links = distance.align([([], ['x']), (['a'], []), ([], []), (['.'] * 200, ['.'] * 200), (['a'], ['x'])])
     assert links[:3] == [[], [], []] and (0, 0) in links[4]
-    assert distance.align([([], [])]) == [[]] and distance.align([([], ['x'])]) == [[]] and distance.align([]) == []
+    assert (distance.align([([], [])]) == [[]] and distance.align([([], ['x'])]) == [[]]
+            and distance.align([]) == [])
 
 
 def test_sentences_in_place_of_words_are_told_what_align_takes():
@@ -2394,7 +2624,8 @@ def test_sentences_in_place_of_words_are_told_what_align_takes():
 def test_align_prints_links_of_a_file(tmp_path, call):
     """BOM, CRLF and blank last lines; U+3000 and U+2028 are part of words, or words."""
     path = tmp_path / 'pairs'
-    path.write_bytes(b'\xef\xbb\xbf' + 'a\tb ||| x y\r\na ||| x\r\nb \u3000 a ||| y \u2028z x\r\n\r\n'.encode())
+    path.write_bytes(b'\xef\xbb\xbf'
+                     + 'a\tb ||| x y\r\na ||| x\r\nb \u3000 a ||| y \u2028z x\r\n\r\n'.encode())
     pairs = distance.read_source_target(path)
     assert pairs[0] == (['a', 'b'], ['x', 'y']) and pairs[2] == (['b', '\u3000', 'a'], ['y', '\u2028z', 'x'])
     assert call('distance --align', path).out == '0-0 1-1\n0-0\n0-0 1-1 2-2\n'
@@ -2406,7 +2637,8 @@ def test_align_prints_links_of_a_file(tmp_path, call):
 @real
 @pytest.mark.parametrize('name, aer', [('roen', 0.498), ('zhen', 0.497), ('jaen', 0.728)])
 def test_alignment_error_rate_is_that_of_fast_align(name, aer):
-    """AER (Och and Ney 2003) on gold alignments; fast_align's: same text, -d -o -v both ways, intersection."""
+    """AER (Och and Ney 2003) on gold alignments; fast_align's: same text, -d -o -v both ways, intersection.
+    """
     links = distance.align(distance.read_source_target(SHARED / f'data/alignment/{name}.src-tgt'))
     gold = (SHARED / f'data/alignment/{name}.gold').read_text().splitlines()
     hits = size = 0
@@ -2444,10 +2676,12 @@ def test_a_word_is_what_the_tokenizer_takes_as_one():
 
 
 def test_tokenizers_from_which_words_cannot_be_had_are_refused():
-    gemma = tokenizers.Tokenizer(tokenizers.models.Unigram([('<unk>', -9.0), ('ein', -1.0), ('▁', -1.0)], unk_id=0))
+    gemma = tokenizers.Tokenizer(tokenizers.models.Unigram([('<unk>', -9.0), ('ein', -1.0), ('▁', -1.0)],
+                                                           unk_id=0))
     gemma.normalizer = tokenizers.normalizers.Replace(' ', '▁')
     gemma = transformers.PreTrainedTokenizerFast(tokenizer_object=gemma)
-    with pytest.raises(data.InputError, match="takes 'ein ein' as one word; expected one that splits at blanks"):
+    with pytest.raises(data.InputError,
+                       match="takes 'ein ein' as one word; expected one that splits at blanks"):
         distance.words_of(gemma, ['ein ein'], 'de', 512)
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -2508,19 +2742,22 @@ def test_random_words_follow_from_the_seed_and_are_not_the_aligned_ones(model):
     model.eval()
     links = [[(0, 0), (1, 1)]] * 12
     sides = (side_of(*[(4 + k, 4) for k in range(12)]), side_of(*[(20 + k, 4) for k in range(12)]))
-    one, same, other = [distance.measure(model, fast([]), sides, links, layer=0, seed=seed) for seed in (1, 1, 2)]
+    one, same, other = [distance.measure(model, fast([]), sides, links, layer=0, seed=seed)
+                        for seed in (1, 1, 2)]
     assert torch.equal(one.random, same.random) and not torch.equal(one.random, other.random)
     assert torch.equal(one.distance, other.distance) and (one.random != one.distance).double().mean() > 0.7
     table = model.get_input_embeddings().weight
     english = {row['input_ids'][at] for row, last in zip(sides[1].features, sides[1].last) for at in last}
-    for number, value in enumerate(one.random.tolist()):       # each is the distance of its word to some English one
+    # each is the distance of its word to some English one
+    for number, value in enumerate(one.random.tolist()):
         sentence = int(one.sentence[number])
         word = table[sides[0].features[sentence]['input_ids'][sides[0].last[sentence][number % 2]]]
         assert min(abs((word - table[token]).norm().item() - value) for token in english) < 1e-5
 
 
 def measured(sentence, distances, largest, identical, random=(1.0,)):
-    tensors = [torch.tensor(column, dtype=torch.double) for column in (sentence, identical, distances, largest)]
+    tensors = [torch.tensor(column, dtype=torch.double)
+               for column in (sentence, identical, distances, largest)]
     beside = torch.tensor(random, dtype=torch.double).expand(len(sentence))
     return distance.Measured(*tensors, beside, beside, tensors[2], tensors[2].square())
 
@@ -2528,7 +2765,8 @@ def measured(sentence, distances, largest, identical, random=(1.0,)):
 def test_distance_and_coverage_by_hand():
     row = measured([0, 0, 3], [0.0, 0.3, 0.6], [0.0, 0.1, 0.5], [1, 0, 0])
     found = distance.distance_of(row)
-    assert found['distance'] == pytest.approx(0.3) and found['ratio'] == pytest.approx(0.3) and found['words'] == 3
+    assert (found['distance'] == pytest.approx(0.3) and found['ratio'] == pytest.approx(0.3)
+            and found['words'] == 3)
     # Sums of the two sentences about 3 x 0.3: -0.3 and 0.3
     assert found['standard_error'] == pytest.approx(math.sqrt(2 * (0.3 ** 2 + 0.3 ** 2)) / 3)
     covered = distance.coverage(row)
@@ -2537,7 +2775,8 @@ def test_distance_and_coverage_by_hand():
     assert covered['identical'] == pytest.approx(1 / 3) and covered['largest'] == pytest.approx(0.1)
     assert covered['deviation'] == pytest.approx(statistics.pstdev([0, 0.3, 0.6]))
     same = measured([0], [0.0], [0.0], [1], random=[0.0])
-    assert distance.distance_of(same) == {'distance': 0, 'standard_error': None, 'random': 0, 'words': 1, 'ratio': None}
+    assert distance.distance_of(same) == {'distance': 0, 'standard_error': None, 'random': 0, 'words': 1,
+                                          'ratio': None}
     assert distance.coverage(same)['within_other']['0.1'] is None
 
 
@@ -2560,7 +2799,8 @@ def test_parallel_sentences_count_once_and_placeholders_not_at_all():
 
 
 @pytest.mark.parametrize('row, message', [
-    ('p\th\tP\tH', ':2: 4 columns; expected five columns: premise, hypothesis, their English translations, label'),
+    ('p\th\tP\tH',
+     ':2: 4 columns; expected five columns: premise, hypothesis, their English translations, label'),
     ('neutral\tp\th\tP\tH', ":2: label 'H' in column 5; expected five columns"),
 ])
 def test_translate_test_files(row, message, tmp_path):
@@ -2579,7 +2819,8 @@ def test_columns_of_the_real_translate_test_files(lang):
     theirs, english = distance.read_translations(
         SHARED / f'data/translate-test/xnli/test-{lang}-en-translated.tsv', 'xnli')
     test, original = [data.read_pairs(SHARED / f'data/xnli/test-{name}.tsv', 'xnli') for name in (lang, 'en')]
-    stripped = [tuple(cell.strip() for cell in row) for row in theirs]      # the blank before one of them is its own
+    # the blank before one of them is its own
+    stripped = [tuple(cell.strip() for cell in row) for row in theirs]
     assert stripped == [(pair.premise.strip(), pair.hypothesis.strip()) for pair in test]
     for column in (0, 1):       # words shared with the English original: far more than with any other column
         shared = 0
@@ -2599,12 +2840,14 @@ def embeddings(world):
     """The sample world's points: word -> its embedding."""
     folder = world / 'sample/model'
     table = transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach()
-    return {word: table[number] for word, number in transformers.AutoTokenizer.from_pretrained(folder).get_vocab().items()}
+    return {word: table[number] for word, number
+            in transformers.AutoTokenizer.from_pretrained(folder).get_vocab().items()}
 
 
 def test_the_sample_worlds_shifts_are_recovered(world, tmp_path, call, embeddings):
     """Distances 0.05 k sqrt(64); coverage as counted from the points themselves, word by word."""
-    found, printed = distances_of(call, world, tmp_path / 'out', '--layer 0 --max-sentences 300 --langs x1 x4 x6')
+    found, printed = distances_of(call, world, tmp_path / 'out',
+                                  '--layer 0 --max-sentences 300 --langs x1 x4 x6')
     for lang, shift in (('x1', 0.4), ('x4', 1.6), ('x6', 2.4)):
         row = found['languages'][lang]
         assert row['distance'] == pytest.approx(shift, rel=0.02) and row['distance'] < row['random']
@@ -2620,7 +2863,8 @@ def test_the_sample_worlds_shifts_are_recovered(world, tmp_path, call, embedding
         covered = row['coverage']
         for eps in (0.001, 0.01, 0.1, 1.0):
             share = sum(value <= eps for value in largest) / len(largest)
-            assert covered['within'][f'{eps:g}'] == covered['within_other'][f'{eps:g}'] == pytest.approx(share)
+            assert (covered['within'][f'{eps:g}'] == covered['within_other'][f'{eps:g}']
+                    == pytest.approx(share))
         assert covered['largest'] == pytest.approx(statistics.median(largest), rel=1e-5)
         assert covered['deviation'] == pytest.approx(statistics.pstdev(coordinates), rel=1e-4)
         assert covered['identical'] == 0 and covered['random_largest'] > covered['largest']
@@ -2639,7 +2883,8 @@ def test_layer_seed_and_the_last_subword_reach_the_measure(world, tmp_path, call
     flags = '--langs x2 --max-sentences 40'
     runs = []
     for number, more in enumerate(('', '--seed 1', '--layer 1', '--layer 2')):
-        runs.append(distances_of(call, world, tmp_path / f'{number}', f'{flags} {more}')[0]['languages']['x2'])
+        runs.append(distances_of(call, world, tmp_path / f'{number}',
+                                 f'{flags} {more}')[0]['languages']['x2'])
     last, seeded, first, second = runs
     assert last['distance'] == seeded['distance'] == second['distance'] != first['distance']
     assert last['random'] != seeded['random'] and last['random'] == second['random']
@@ -2653,7 +2898,8 @@ def test_translations_in_place_of_the_english_file(world, tmp_path, call):
         lines.append('\t'.join([*theirs[:2], *english[:2], 'paraphrase']))
     (tmp_path / 'test-x3-en-translated.tsv').write_text('\n'.join(lines) + '\n')
     found, printed = distances_of(call, world, tmp_path / 'out', f'--layer 0 --translations {tmp_path}')
-    assert list(found['languages']) == ['x3'] and found['languages']['x3']['distance'] == pytest.approx(1.2, rel=0.02)
+    assert (list(found['languages']) == ['x3']
+            and found['languages']['x3']['distance'] == pytest.approx(1.2, rel=0.02))
     assert 'English: translated' in printed.out and 'test-en.tsv' not in found['files']
     with pytest.raises(data.InputError, match='no test-LANG-en-translated.tsv of sample in it'):
         call('distance --task sample --out new --translations', tmp_path / 'out', '--data', world)
@@ -2674,7 +2920,8 @@ def test_a_reader_that_goes_away_does_not_cost_the_results(world, tmp_path, call
         raise BrokenPipeError
     monkeypatch.setattr(distance, 'report', gone)
     with pytest.raises(BrokenPipeError):
-        call('distance --task sample --layer 0 --langs x1 --max-sentences 20', '--data', world, '--out', tmp_path / 'out')
+        call('distance --task sample --layer 0 --langs x1 --max-sentences 20', '--data', world,
+             '--out', tmp_path / 'out')
     assert (tmp_path / 'out/distances.json').exists()
 
 
@@ -2686,7 +2933,8 @@ def test_every_file_is_read_before_anything_is_measured(world, tmp_path, call, m
     monkeypatch.setattr(distance, 'align', None)
     with pytest.raises(data.InputError, match='test-yo.tsv: empty or NS in every row'):
         call('distance --task sample --langs x1 yo', '--data', tmp_path)
-    with pytest.raises(data.InputError, match='test-x6.tsv: 2001 rows; expected 2000, translations of test-en.tsv'):
+    with pytest.raises(data.InputError,
+                       match='test-x6.tsv: 2001 rows; expected 2000, translations of test-en.tsv'):
         call('distance --task sample', '--data', tmp_path)
 
 
@@ -2700,7 +2948,8 @@ def test_rank_correlation_by_hand():
     assert distance.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4])[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert distance.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx((-1.0, 2 / 24))
     # Ties share the mean of their ranks: (1.5, 1.5, 3, 4) against (1, 2, 3, 4).
-    assert distance.rank_correlation([1, 1, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-6)
+    assert distance.rank_correlation([1, 1, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5), abs=1e-6)
     x = list(range(12))
     rho, p = distance.rank_correlation(x, [abs(value - 5) for value in x])
     assert 0.3 < p < 1 and abs(rho) < 0.4
@@ -2711,10 +2960,13 @@ def test_rank_correlation_by_hand():
 
 def run_of(method, seed, right, eps=None, task='sample', langs=('en', 'x1', 'x2', 'x3'), **changes):
     """A record: of 100 test items a language, so many are right."""
-    args = {'task': task, 'method': method, 'eps': eps, 'seed': seed, 'layer': 0, 'epochs': 4, 'max_length': 128}
-    test_marks = {lang: '1' * right[k] + '0' * (100 - right[k]) for k, lang in enumerate(langs)} | {'x4': None}
-    record = {'args': args | changes, 'files': {'model': 'm', 'train-en.tsv': 't'}, 'dtype': 'torch.float32', 'dev': 80.0,
-              'step': 500, 'steps': 600, 'test_marks': test_marks, 'paths': {'model': 'base'}, 'train_pairs': 1000}
+    args = {'task': task, 'method': method, 'eps': eps, 'seed': seed, 'layer': 0, 'epochs': 4,
+            'max_length': 128}
+    test_marks = {lang: '1' * right[k] + '0' * (100 - right[k])
+                  for k, lang in enumerate(langs)} | {'x4': None}
+    record = {'args': args | changes, 'files': {'model': 'm', 'train-en.tsv': 't'}, 'dtype': 'torch.float32',
+              'dev': 80.0, 'step': 500, 'steps': 600, 'test_marks': test_marks, 'paths': {'model': 'base'},
+              'train_pairs': 1000}
     return record
 
 
@@ -2730,9 +2982,11 @@ FLAT = [run_of('rs_a', seed, [91, 71, 61, 51 + seed]) for seed in (1, 2)]
 
 
 def test_gains_of_a_run_that_learned_nothing_are_marked():
-    plain, adv, rs_r = record('plain', None, 1, '1100'), record('adv', 0.1, 1, '1110'), record('rs_r', 0.1, 1, '1010')
+    plain, adv, rs_r = (record('plain', None, 1, '1100'), record('adv', 0.1, 1, '1110'),
+                        record('rs_r', 0.1, 1, '1010'))
     by_lang = {lang: float(lang[1]) for lang in LANGS if lang != 'en'}
-    results = {'languages': {lang: {'distance': far} for lang, far in by_lang.items()}, 'files': {'model': '3'}}
+    results = {'languages': {lang: {'distance': far} for lang, far in by_lang.items()},
+               'files': {'model': '3'}}
 
     def table(*runs):
         langs, rows = distance.gains(evaluate.variants(runs), by_lang)
@@ -2741,7 +2995,8 @@ def test_gains_of_a_run_that_learned_nothing_are_marked():
     assert names == ['adv 0.1 (from the start)', 'rs_r 0.1'] and '†' not in below
     adv['answers'] = {'en': [19, 1]}
     names, below = table(plain, adv, rs_r)
-    assert names == ['adv 0.1 (from the start) †', 'rs_r 0.1'] and '†: a run of it or of plain gives one answer' in below
+    assert (names == ['adv 0.1 (from the start) †', 'rs_r 0.1']
+            and '†: a run of it or of plain gives one answer' in below)
     adv['answers'], plain['answers'] = rs_r['answers'], {'en': [1, 19]}
     assert table(plain, adv, rs_r)[0] == ['adv 0.1 (from the start) †', 'rs_r 0.1 †']
 
@@ -2751,7 +3006,8 @@ def test_figure_2_from_runs(world, tmp_path, call, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluate, 'save_picture', lambda figure, path: drawn.append((figure, path)))
     runs = jsonl(tmp_path / 'runs.jsonl', *PLAIN, *ROBUST, *WORSE, *FLAT)
-    found, printed = distances_of(call, world, tmp_path / 'out', f'--layer 0 --max-sentences 50 --langs x3 x1 x2 x4 '
+    found, printed = distances_of(call, world, tmp_path / 'out',
+                                  f'--layer 0 --max-sentences 50 --langs x3 x1 x2 x4 '
                                   f'--runs {runs} -o {tmp_path}/f.png')
     table = printed.out[printed.out.index('Accuracy gained over plain'):]
     rows = {}
@@ -2796,21 +3052,26 @@ def test_a_picture_is_written(tmp_path):
 
 
 @pytest.mark.parametrize('records, message', [
-    ([*PLAIN, run_of('rs_r', 1, [1, 1, 1, 1], eps=0.1, task='pawsx')], 'a run of pawsx; expected runs of sample'),
-    ([*PLAIN, run_of('rs_r', 1, [1, 1, 1, 1], eps=0.1, epochs=9)], r':1 and .*:3 do not belong together \(epochs 4 and 9\)'),
+    ([*PLAIN, run_of('rs_r', 1, [1, 1, 1, 1], eps=0.1, task='pawsx')],
+     'a run of pawsx; expected runs of sample'),
+    ([*PLAIN, run_of('rs_r', 1, [1, 1, 1, 1], eps=0.1, epochs=9)],
+     r':1 and .*:3 do not belong together \(epochs 4 and 9\)'),
     ([*PLAIN, ROBUST[0] | {'dtype': 'torch.bfloat16'}], 'do not belong together .dtype'),
     (PLAIN, 'runs of plain; expected plain and a robust method'),
     (ROBUST, 'runs of rs_r; expected plain and a robust method'),
     ([PLAIN[0], ROBUST[1]], 'rs_r: no seed in common with plain'),
 ])
-def test_runs_that_cannot_be_compared_are_refused_before_anything_is_measured(records, message, tmp_path, call, monkeypatch):
+def test_runs_that_cannot_be_compared_are_refused_before_anything_is_measured(records, message, tmp_path,
+                                                                              call, monkeypatch):
     monkeypatch.setattr(distance, 'distances', None)
     with pytest.raises(data.InputError, match=message):
         call('distance --task sample --runs', jsonl(tmp_path / 'runs.jsonl', *records))
 
 
-@pytest.mark.parametrize('path, message', [('f.gif', 'expected FILE.png or FILE.svg'), ('no/f.png', 'no such folder')])
-def test_a_picture_that_cannot_be_is_refused_before_anything_is_measured(path, message, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize('path, message', [('f.gif', 'expected FILE.png or FILE.svg'),
+                                           ('no/f.png', 'no such folder')])
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_measured(path, message, tmp_path, call,
+                                                                         monkeypatch):
     monkeypatch.setattr(distance, 'distances', None)
     runs = jsonl(tmp_path / 'runs.jsonl', *PLAIN, *ROBUST)
     with pytest.raises(data.InputError, match=message):
@@ -2860,19 +3121,23 @@ def test_each_method_is_set_beside_its_baselines(small, speed, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, 'rates_of', lambda device, dtype: (1e9, 2e9))
     monkeypatch.setattr(speed, 'ROUNDS', 1)
-    monkeypatch.setattr(sys, 'argv', ['speed.py', '--task', 'sample', '--data', str(small), '--method', 'plain', 'rs_a'])
+    monkeypatch.setattr(sys, 'argv', ['speed.py', '--task', 'sample', '--data', str(small),
+                                      '--method', 'plain', 'rs_a'])
     speed.main()
     floor, *rows = capsys.readouterr().out.splitlines()
-    work, moved = map(float, re.fullmatch(r'floor: 3 x (\S+) GFLOP a pair at 1 GFLOP/s, (\S+) GB a step at 2 GB/s', floor).groups())
+    work, moved = map(float, re.fullmatch(
+        r'floor: 3 x (\S+) GFLOP a pair at 1 GFLOP/s, (\S+) GB a step at 2 GB/s', floor).groups())
     table = {row[:20].strip(): row[20:] for row in rows}
     rate = {name: float(row.split()[0]) for name, row in table.items()}
-    assert set(table) == {'training, XTREME', 'evaluation, XTREME', 'evaluation', 'training, plain', 'training, rs_a'}
+    assert set(table) == {'training, XTREME', 'evaluation, XTREME', 'evaluation', 'training, plain',
+                          'training, rs_a'}
 
     def holds(name, pattern, expected, tolerance):
         assert float(re.search(pattern, table[name])[1]) == pytest.approx(expected, rel=tolerance)
     for name in table:
         holds(name, r'pairs/s, +(\S+) times XTREME', rate[name] / rate[name.split(',')[0] + ', XTREME'], 0.02)
-    holds('training, rs_a', r'(\S+) times the step of plain', rate['training, plain'] / rate['training, rs_a'], 0.02)
+    holds('training, rs_a', r'(\S+) times the step of plain',
+          rate['training, plain'] / rate['training, rs_a'], 0.02)
     holds('training, plain', r'of the floor \((\d+)\)', 1 / (3 * work + moved / 64 / 2), 0.02)
     holds('evaluation', r'of the floor \((\d+)\)', 1 / work, 0.02)
     assert not list(tmp_path.iterdir())
@@ -2905,11 +3170,12 @@ def test_the_claim_of_the_paper_in_the_sample_world(trained):
 
 def test_the_robust_regions_of_the_sample_world(trained, call):
     """At radius 0.01 those that were trained for it hold out under attack, plain does not."""
-    lines = call('evaluate --regions --langs en x1 --radii 0 0.01 --max-eval 200', *trained.values()).out.splitlines()
+    lines = call('evaluate --regions --langs en x1 --radii 0 0.01 --max-eval 200',
+                 *trained.values()).out.splitlines()
     rows = [line.split('|')[1:-1] for line in lines if re.match(r'\| (en|x1) (noise|attack)', line)]
     for at, lang in ((0, 'en'), (2, 'x1')):
-        noise, attack = ({name: list(map(float, rows[4 * run + at + kind][1:])) for run, name in enumerate(trained)}
-                         for kind in (0, 1))
+        noise, attack = ({name: list(map(float, rows[4 * run + at + kind][1:]))
+                          for run, name in enumerate(trained)} for kind in (0, 1))
         assert attack['adv'][1] > attack['plain'][1] + 10 and attack['rs_r'][1] > attack['plain'][1] + 10
         for name, folder in trained.items():
             clean = record_of(folder)['test_marks'][lang][:200].count('1') / 2
@@ -2929,13 +3195,16 @@ def change(path, old, new):
 
 
 FLAGS = {       # of train.py -> what argparse says of it
-    'adv --eps -1': 'expected 0 or above|expected at least one', 'adv --eps nan': 'nan: expected 0', 'adv --eps x': 'invalid float',
-    'plain --batch 0': 'expected 1', 'plain --batch 1.5': 'invalid int', 'rs_a --p 1.1': 'expected 0 to 1', 'rs_a --m 0': 'expected 1',
-    'rs_a --replace both': 'invalid choice', 'plain --lr 0': 'more than 0', 'plain --lr inf': 'more than 0', 'plain --epochs 0': 'more than 0',
-    'plain --warmup 1': 'below 1', 'plain --seed -1': 'expected', 'plain --max-length 7': 'expected 8', 'adv --adv-steps 0': 'expected 1',
-    'plain --eval-steps 0': 'expected 1', 'plain --task mnli': 'invalid choice', 'plain --plain-steps -1': 'expected'}
-GONE = [('train', '--benchmark'), ('train', '--adv-step-size'), ('evaluate', '--markdown'), ('evaluate', '--split'),
-        ('distance', '--symmetrize'), ('distance', '--mean'), ('distance', '--alignments'), ('distance', '--plain')]
+    'adv --eps -1': 'expected 0 or above|expected at least one', 'adv --eps nan': 'nan: expected 0',
+    'adv --eps x': 'invalid float', 'plain --batch 0': 'expected 1', 'plain --batch 1.5': 'invalid int',
+    'rs_a --p 1.1': 'expected 0 to 1', 'rs_a --m 0': 'expected 1', 'rs_a --replace both': 'invalid choice',
+    'plain --lr 0': 'more than 0', 'plain --lr inf': 'more than 0', 'plain --epochs 0': 'more than 0',
+    'plain --warmup 1': 'below 1', 'plain --seed -1': 'expected', 'plain --max-length 7': 'expected 8',
+    'adv --adv-steps 0': 'expected 1', 'plain --eval-steps 0': 'expected 1',
+    'plain --task mnli': 'invalid choice', 'plain --plain-steps -1': 'expected'}
+GONE = [('train', '--benchmark'), ('train', '--adv-step-size'), ('evaluate', '--markdown'),
+        ('evaluate', '--split'), ('distance', '--symmetrize'), ('distance', '--mean'),
+        ('distance', '--alignments'), ('distance', '--plain')]
 
 
 @pytest.mark.parametrize('flags', FLAGS)
@@ -2943,7 +3212,8 @@ def test_a_wrong_flag_of_train_is_argparses_one_line(flags, capsys):
     with pytest.raises(SystemExit) as error:
         train.parse_args(f'--task sample --method {flags}'.split())
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.value.code == 2 and re.search(f'argument {flags.split()[-2]}: .*({FLAGS[flags]})', line), line
+    assert (error.value.code == 2
+            and re.search(f'argument {flags.split()[-2]}: .*({FLAGS[flags]})', line)), line
 
 
 @pytest.mark.parametrize('script, flag', GONE)
@@ -2957,28 +3227,41 @@ TRAIN = 'train --task sample --data D --max-steps 1 --out new --method '
 BAD = [     # the command, what is broken before it (file, old, new), what its one line says
     (TRAIN + 'rs_r --eps 0.1 0.10000001', [], 'new/sample-rs_r-0.1-seed42: the folder of two runs'),
     (TRAIN + 'rs_r --layer 3', [], 'layer 3: the encoder has layers 1 to 2'),
-    (TRAIN + 'plain --model nowhere', [], 'nowhere: cannot be loaded.*expected the name of a model, or a folder'),
+    (TRAIN + 'plain --model nowhere', [],
+     'nowhere: cannot be loaded.*expected the name of a model, or a folder'),
     (TRAIN + 'plain --model run', [('run/model.safetensors', None, b'half')], 'run: cannot be loaded'),
     (TRAIN + 'plain --model run', [('run/config.json', None, b'{')], 'run: cannot be loaded'),
-    (TRAIN + 'rs_a --synonyms nowhere.json', [], 'nowhere.json: No such file or directory; expected the neighbour file'),
+    (TRAIN + 'rs_a --synonyms nowhere.json', [],
+     'nowhere.json: No such file or directory; expected the neighbour file'),
     (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'cat dog')], 's.json: not JSON'),
-    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'\xff\xfe')], 's.json:1: byte 1 of the line is not UTF-8'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'\xff\xfe')],
+     's.json:1: byte 1 of the line is not UTF-8'),
     (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'["cat"]')], 's.json: a JSON list; expected'),
-    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": [1, 2]}')], "s.json: 'cat' has .1, 2.; expected a list of words"),
-    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": []}')], 's.json: no word in it has a neighbour'),
-    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": ["dog"]}')], 's.json: no word of the training pairs'),
-    (TRAIN + 'plain', [('D/sample/train-en.tsv', None, b'a\tb\n')], 'train-en.tsv: no labels; training needs them'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": [1, 2]}')],
+     "s.json: 'cat' has .1, 2.; expected a list of words"),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": []}')],
+     's.json: no word in it has a neighbour'),
+    (TRAIN + 'rs_a --synonyms s.json', [('s.json', None, b'{"cat": ["dog"]}')],
+     's.json: no word of the training pairs'),
+    (TRAIN + 'plain', [('D/sample/train-en.tsv', None, b'a\tb\n')],
+     'train-en.tsv: no labels; training needs them'),
     (TRAIN + 'plain', [('D/sample/train-en.tsv', None, b'')], 'train-en.tsv: empty'),
-    (TRAIN + 'plain', [('D/sample/dev-en.tsv', b'paraphrase', b'maybe')], r"dev-en.tsv:\d+: label 'maybe'; expected one of different"),
-    (TRAIN + 'plain', [('D/sample/test-x3.tsv', b'\t', b' ')], 'test-x3.tsv:1: 2 columns|test-x3.tsv:2: 3 columns'),
-    (TRAIN + 'plain', [('D/sample/test-x6.tsv', b'\n', b'\xff\n')], 'test-x6.tsv:1: byte .* is not UTF-8|label'),
+    (TRAIN + 'plain', [('D/sample/dev-en.tsv', b'paraphrase', b'maybe')],
+     r"dev-en.tsv:\d+: label 'maybe'; expected one of different"),
+    (TRAIN + 'plain', [('D/sample/test-x3.tsv', b'\t', b' ')],
+     'test-x3.tsv:1: 2 columns|test-x3.tsv:2: 3 columns'),
+    (TRAIN + 'plain', [('D/sample/test-x6.tsv', b'\n', b'\xff\n')],
+     'test-x6.tsv:1: byte .* is not UTF-8|label'),
     (TRAIN + 'plain', [('D/sample/test-x6.tsv', None, None)], 'test-x6.tsv: no such file'),
     (TRAIN + 'plain --langs en yo', [], 'test-yo.tsv: no such file'),
-    (TRAIN.replace('new', 'run') + 'adv --plain-steps 0', [], 'run: holds another run .method plain, not adv; eps None, not 0.001'),
+    (TRAIN.replace('new', 'run') + 'adv --plain-steps 0', [],
+     'run: holds another run .method plain, not adv; eps None, not 0.001'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, b'{')], 'results.json: not JSON'),
-    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/state.pt', None, b'half')], 'state.pt: not a state'),
+    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None),
+                                             ('run/state.pt', None, b'half')], 'state.pt: not a state'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/args.json', None, b'{}'),
-                                             ('run/state.pt', None, b'half')], 'args.json: not what train.py wrote'),
+                                             ('run/state.pt', None, b'half')],
+     'args.json: not what train.py wrote'),
     (TRAIN.replace('new', 'run/config.json') + 'plain', [], 'config.json: holds something else'),
     (TRAIN.replace('new', 'D') + 'plain', [], 'D: holds something else than a run'),
     (TRAIN.replace('new', 'D/sample/dev-en.tsv/x') + 'plain', [], 'cannot be written|Not a directory'),
@@ -2986,7 +3269,8 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     ('evaluate D', [], 'D: no results.json in it'),
     ('evaluate run', [('run/results.json', None, b'[]')], 'results.json: a record without args'),
     ('evaluate run', [('run/results.json', b'"dtype"', b'"mode"')], 'results.json: a record without dtype'),
-    ('evaluate lines.jsonl', [('lines.jsonl', None, b'{"args": {}}\n')], 'lines.jsonl:1: a record without files'),
+    ('evaluate lines.jsonl', [('lines.jsonl', None, b'{"args": {}}\n')],
+     'lines.jsonl:1: a record without files'),
     ('evaluate run --smooth 3', [], 'run: plain has no eps of its own; say --eps'),
     ('evaluate run --langs de', [], 'test-de.tsv'),
     ('evaluate run --data nowhere', [], 'nowhere/sample/test-en.tsv: No such file'),
@@ -2994,7 +3278,8 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     ('evaluate run --regions -o no/p.png', [], 'no/p.png: no such folder'),
     ('evaluate D/sample/model --task xnli --data D', [], 'weights are missing'),
     ('evaluate s.json --task sample', [('s.json', None, b'')], 's.json: cannot be loaded'),
-    ('evaluate run --data D', [('run/config.json', b'"1": "paraphrase"', b'"1": "other"')], 'its labels are different, other; sample has'),
+    ('evaluate run --data D', [('run/config.json', b'"1": "paraphrase"', b'"1": "other"')],
+     'its labels are different, other; sample has'),
     ('synonyms nowhere -o s.json', [], 'nowhere: No such file'),
     ('synonyms v.txt -o s.json', [('v.txt', None, b'a 1 2\nb 1\n')], 'v.txt:2: 1 numbers'),
     ('synonyms v.txt -o s.json', [('v.txt', None, b'a 1 nan\n')], 'v.txt:1: a number that is not finite'),
@@ -3004,15 +3289,16 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     ('synonyms nowhere --show cat', [], 'nowhere: No such file'),
     ('data pawsx x.zip --data D', [('x.zip', None, b'')], 'x.zip: not an archive of pawsx'),
     ('data pawsx x-final.tar.gz --data D', [], 'x-final.tar.gz: no such file'),
-    ('data pawsx x-final.tar.gz --data D', [('x-final.tar.gz', None, b'<html>')], 'not the archive.*fetch it again'),
+    ('data pawsx x-final.tar.gz --data D', [('x-final.tar.gz', None, b'<html>')],
+     'not the archive.*fetch it again'),
     ('distance --task sample --data D --out new --langs de', [], 'test-de.tsv'),
     ('distance --task sample --data D --out new --layer 9', [], 'layer 9'),
     ('distance --task sample --data D --out new --translations D', [], 'no test-LANG-en-translated.tsv'),
     ('distance --task xnli --data D --runs run', [], 'run'),
     ('distance --align nowhere', [], 'nowhere: No such file'),
     ('distance --align text', [('text', None, b'a b ||| c\na b\n')], 'text:2: 0 times'),
-    ('distance --task sample --data D --out new --langs x1', [('D/sample/test-x1.tsv', b'\r\n', b'\r\na\tb\tdifferent\r\n')],
-     'test-x1.tsv: 31 rows'),
+    ('distance --task sample --data D --out new --langs x1',
+     [('D/sample/test-x1.tsv', b'\r\n', b'\r\na\tb\tdifferent\r\n')], 'test-x1.tsv: 31 rows'),
 ]
 
 
@@ -3023,13 +3309,15 @@ def place(small, tmp_path_factory):
     shutil.copytree(small, folder / 'D')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, 'argv', 'train.py --task sample --method plain --data D --out run --max-steps 1'.split())
+        patch.setattr(sys, 'argv',
+                      'train.py --task sample --method plain --data D --out run --max-steps 1'.split())
         train.main()
     return folder
 
 
 @pytest.mark.parametrize('command, broken, message', BAD, ids=range(len(BAD)))
-def test_bad_input_gives_one_line_and_leaves_nothing(command, broken, message, place, tmp_path, monkeypatch, call):
+def test_bad_input_gives_one_line_and_leaves_nothing(command, broken, message, place, tmp_path, monkeypatch,
+                                                     call):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     for path, old, new in broken:
         (tmp_path / path).unlink() if new is None else change(tmp_path / path, old, new)
@@ -3049,5 +3337,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(command, broken, message, p
 def test_a_script_ends_with_one_line_and_no_traceback(tmp_path):
     for script, flags, message in (('evaluate', tmp_path, f'{tmp_path}: no results.json in it'),
                                    ('train', '--task pawsx --method plain --data', 'the following|expected')):
-        ended = subprocess.run([sys.executable, HERE / f'{script}.py', *str(flags).split()], capture_output=True, text=True)
-        assert ended.returncode in (1, 2) and re.search(message, ended.stderr.splitlines()[-1]) and 'Traceback' not in ended.stderr
+        ended = subprocess.run([sys.executable, HERE / f'{script}.py', *str(flags).split()],
+                               capture_output=True, text=True)
+        assert (ended.returncode in (1, 2) and re.search(message, ended.stderr.splitlines()[-1])
+                and 'Traceback' not in ended.stderr)

@@ -58,11 +58,11 @@ def xtreme_way(args, pairs):
 
 
 def work_of(model, tokenizer, pairs, args):
-    """What plain training cannot do without -> floating-point operations of a pair's forward pass, bytes a step.
+    """What plain training cannot do without -> operations of a pair's forward pass, bytes a step.
 
-    Operations: those of matrix products, in batches padded as in training; the way back has twice as many.
-    Bytes: AdamW's, 32 a trained float32: its gradient is written and read, its value and both moments are
-    read and written.
+    Operations: floating-point, of matrix products, in batches padded as in training; the way back has twice
+    as many. Bytes: AdamW's, 32 a trained float32: its gradient is written and read, its value and both
+    moments are read and written.
     """
     shapes = copy.deepcopy(model).to('meta')        # counting needs no numbers
     shapes.set_attn_implementation('eager')
@@ -80,7 +80,7 @@ def work_of(model, tokenizer, pairs, args):
 
 
 def rates_of(device, dtype):
-    """The machine's own rates: operations a second of a large matrix product, bytes a second of a large copy."""
+    """The machine's own rates: operations a second of a large matrix product, bytes of a large copy."""
     size = 8192 if device.type == 'cuda' else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     c, d = torch.randn(2, 2 ** 26, device=device)
@@ -139,10 +139,11 @@ def main():
     rates = {}
     for name in rounds[0]:
         rates[name] = sorted(found[name] for found in rounds)[ROUNDS // 2]
-    forward, moved, products, copies = (rates.pop(name) for name in ('forward', 'moved', 'products', 'copies'))
+    names = 'forward', 'moved', 'products', 'copies'
+    forward, moved, products, copies = (rates.pop(name) for name in names)
     peaks = {name: rates.pop(name) for name in list(rates) if name.startswith('memory')}
-    print(f'floor: 3 x {forward / 1e9:.3g} GFLOP a pair at {products / 1e9:.3g} GFLOP/s, {moved / 1e9:.3g} GB a step '
-          f'at {copies / 1e9:.3g} GB/s')
+    print(f'floor: 3 x {forward / 1e9:.3g} GFLOP a pair at {products / 1e9:.3g} GFLOP/s, '
+          f'{moved / 1e9:.3g} GB a step at {copies / 1e9:.3g} GB/s')
     step = moved / copies / runs[0].batch
     floor = {'training, plain': 1 / (3 * forward / products + step), 'evaluation': products / forward}
     for name, rate in rates.items():
