@@ -2950,6 +2950,9 @@ def test_rank_correlation_by_hand():
     # Ties share the mean of their ranks: (1.5, 1.5, 3, 4) against (1, 2, 3, 4).
     assert distance.rank_correlation([1, 1, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(
         4.5 / math.sqrt(4.5 * 5), abs=1e-6)
+    # Equal but for the last bit is a tie too: 0.1 + 0.2 is not 0.3.
+    assert distance.rank_correlation([1, 2, 3, 4], [0.1 + 0.2, 0.3, 0.5, 0.7]) == distance.rank_correlation(
+        [1, 2, 3, 4], [0.3, 0.3, 0.5, 0.7])
     x = list(range(12))
     rho, p = distance.rank_correlation(x, [abs(value - 5) for value in x])
     assert 0.3 < p < 1 and abs(rho) < 0.4
