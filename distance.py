@@ -639,8 +639,8 @@ def figure_2(results, langs, rows):
     panels[-1].set_xticks(places, [f'{lang}\n{far[lang]["distance"]:.3g}' for lang in langs])
     panels[-1].set_xlabel(f'language, and its distance from English (Euclidean, layer {results["layer"]} '
                           f'of {Path(results["model"]).name})')
-    figure.suptitle(f'{results["task"]}: accuracy gained over plain, by method and eps (L-inf, '
-                    'coordinates of Enc(x))\nbars: mean over seeds; whiskers: 95% interval', fontsize='medium')
+    figure.suptitle(f'{results["task"]}: accuracy gained over plain, by method and eps (L-inf, coordinates '
+                    'of Enc(x))\nbars: mean over seeds; whiskers: 95% interval', fontsize='medium')
     return figure
 
 
