@@ -1100,7 +1100,8 @@ def picture(args, records, results):
 
 def measure_all(args):
     """Measure and print what the command line asks for, run by run -> records, tables, what was found."""
-    args.runs = list(dict.fromkeys(args.runs))      # a run named twice is no second seed
+    # A run named twice, or once with a trailing slash, is no second seed.
+    args.runs = list({os.path.abspath(name): name for name in args.runs}.values())
     records = [find_run(name, args) for name in args.runs]
     check(args, records)
     tables, results = [], []

@@ -2300,8 +2300,9 @@ def test_a_run_named_twice_is_measured_once(monkeypatch):
         return evaluate.Table([], [], [], []), {}
     monkeypatch.setattr(evaluate, 'find_run', lambda name, args: record('plain', None, 1, '10', name=name))
     monkeypatch.setattr(evaluate, 'measure', measure)
-    records, tables, results = evaluate.measure_all(evaluate.parse_args(['a', 'b', 'a', '--regions']))
-    assert measured == [('a', 'a'), ('b', 'b')] and len(records) == len(tables) == len(results) == 2
+    args = evaluate.parse_args(['a/', 'b', 'a', './b', '--regions'])
+    records, tables, results = evaluate.measure_all(args)
+    assert measured == [('a', 'a'), ('./b', './b')] and len(records) == len(tables) == len(results) == 2
 
 
 def test_the_picture_of_the_regions_hides_nothing(tmp_path):

@@ -24,7 +24,7 @@ import train
 from data import run_script
 
 ROUNDS = 3
-STEPS = 128 if torch.cuda.is_available() else 16
+STEPS = 300 if torch.cuda.is_available() else 16
 
 
 def xtreme_way(args, pairs):
