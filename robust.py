@@ -5,7 +5,7 @@ Each takes a model and a batch and returns the loss to call `backward()` on:
     paper                                        here
     f(Enc(x))                                    `model(**batch)`, a Hugging Face sequence classifier
     L(f(Enc(x)), y)                              `plain`   (3.1, the normal training)
-    max over |delta_i| <= eps of L(., y)         `adv`     (3.1; the max by a few sign steps)
+    max over |delta_i| <= eps of L(., y)         `adv`     (3.1; the max by sign steps, one by default)
     P_delta(L(g(Enc(x) + delta), y))             `rs_r`    (3.2; the mean over delta by one draw a call)
     x' = x with words replaced by synonyms       `rs_a`    (3.2, data augmentation)
     f(Enc(x) + delta), Eq. 1                     `with perturbed(model, delta, layer): model(**batch)`
@@ -20,6 +20,8 @@ What the paper leaves open, and what is done here:
   under the usual [CLS] head, noise on the last layer has no effect anywhere else.
 - The norm is L-inf per coordinate (paper, section 4): each of a word's H coordinates moves by at
   most eps. eps is in the units of that layer's activations.
+- How g is evaluated (ours): dev and test scores, and so the choice of the checkpoint, take one pass without
+  delta, whatever the method; `evaluate.py --smooth N` takes the vote of g.
 - The sign of delta is Eq. 1's, E_tgt = E_src + delta; the line of the paper that defines it has the other.
 
 A batch is a dict of tensors: `input_ids` and `attention_mask` (B, T), `labels` (B,). delta is
@@ -91,6 +93,7 @@ def worst_delta(model, batch, *, eps, steps=1, layer=0, generator=None):
     Uniform random start, `steps` sign steps, projection after each (3.1 names only the maximisation;
     this is Madry et al.'s PGD, and with one step Wong et al.'s fast adversarial training). A step is of
     2.5 / (steps + 1) eps (ours): Wong et al.'s 1.25 at one step, Madry et al.'s 2.5 / steps at many.
+    Its precision is the caller's: train.py ascends within autocast, evaluate.py outside of it.
     """
     step = eps * 2.5 / (steps + 1)
     delta = uniform_delta(model, batch, eps, layer, generator)
@@ -229,7 +232,10 @@ class Objective(torch.nn.Module):
         self.noise = torch.Generator(model.device)
 
     def forward(self, batch, step):
-        """The loss of a step. Its draws follow from (seed, step, rank) alone: a stopped run can go on."""
+        """The loss of a step, counted from 1. Seeds torch's own random stream, and that of the noise.
+
+        From (seed, step, rank) alone, so that a stopped run can go on.
+        """
         args = self.args
         torch.manual_seed(self.draw(step, 'dropout'))
         self.noise.manual_seed(self.draw(step, 'delta'))

@@ -4,7 +4,7 @@
     python train.py --task sample --method rs_r --eps 0.1       the same without any download
     python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
-A run folder holds, in the order in which it is written: args.json, what decides the run; a Hugging Face
+A run folder holds, in the order in which it is written: args.json, how the run began; a Hugging Face
 checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on, gone at the end;
 predictions/; and results.json, one line, never changed after: with it the run is finished. The same command
 given again skips what is finished and goes on with what was stopped. Several GPUs:
@@ -51,17 +51,17 @@ from data import (NEIGHBOURS, TASKS, InputError, copy_permissions, describe, dig
 DEFAULTS = {
     #                     pawsx   xnli    sample      source of the first two
     'lr':                (2e-5,   2e-5,   1e-3),    # XTREME, authors
-    'epochs':            (5,      2,      4),       # XTREME's script, XTREME's paper
+    'epochs':            (5,      2,      4),       # pawsx: XTREME's script; xnli: its paper
     'batch':             (32,     32,     64),      # XTREME, authors: 8 x 4 accumulated
     'warmup':            (0.0,    0.0,    0.05),    # XTREME, authors
     'eval_steps':        (200,    1000,   250),     # XTREME, authors
-    'plain_steps':       (0,      0,      750),     # paper
+    'plain_steps':       (0,      0,      750),     # ours: delta from the first step, as 3.1 reads
     'freeze_embeddings': (False,  False,  True),    # XTREME, authors
     'float32':           (False,  False,  True),    # ours
 }
 EPOCHS_RS_A = (3, 1, 0.4)               # authors: over the augmented data; the sample's is ours
 EPS = {'adv': [0.001], 'rs_r': [0.1]}               # ours; the paper searches 0.001, 0.01, 0.1 and 1.0
-# What decides a run. What its method does not use is null in its record.
+# The arguments that decide a run (the files do too: refuse_other). What its method does not use is null.
 DECIDE = ('task', 'method', 'seed', 'eps', 'layer', 'adv_steps', 'plain_steps', 'm', 'p', 'replace',
           'english_only', 'epochs', 'lr', 'warmup', 'batch', 'max_length', 'eval_steps', 'max_steps',
           'max_train', 'max_eval', 'freeze_embeddings')
@@ -292,6 +292,8 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
 
     `pairs` is X_src, `copies` RS-A's m copies of it. Gradient norm clipped at 1.0 (XTREME, authors). Writes
     the checkpoint best by English dev accuracy and the state to args.out; returns that part of the record.
+    The loss in its history is of that step's batch alone (the first process's share), by the method's own
+    objective.
     """
     rank, world = rank_and_world()
     batches = plan(pairs, tokenizer, args)
@@ -618,7 +620,7 @@ def train_and_score(args, beginning, inputs, title):
     for note in evaluate.cut_note(record['cut'], max_length):
         evaluate.say(note)
     peak = peak_memory(inputs.device)
-    record['peak_memory_gib'] = peak if peak != peak_before else None       # an earlier run's, then
+    record['peak_memory_gib'] = peak if peak != peak_before else None       # None: an earlier run set it
     record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
