@@ -18,6 +18,7 @@ The folder gets distances.json and, for each language, LANG.src-tgt (the words) 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -41,54 +42,45 @@ UNSEGMENTED = ('ja', 'th', 'zh')                # no blanks between words: each 
 
 # ---------------------------------------------------------------- aligner
 
-class Shape(NamedTuple):
-    """The B sentence pairs of m target and n source words. Of (m, n + 1) cells column 0 is the null word."""
-    rows: list              # B, which pairs of the corpus they are
-    apart: torch.Tensor     # (m, n) |i/m - j/n|
-    entry: torch.Tensor     # (B, m, n + 1) where t(f_i | e_j) stands in the table
+# What is said of a pair of m target and n source words is a matrix (m, n + 1), column 0 the null word. The
+# table holds t of the words that some pair has together, E entries.
+
+def entries_of(pairs):
+    """Where t(f_i | e_j) stands in the table, for each pair (m, n + 1); the source word of each entry (E,).
+
+    `pairs`: a list of (source words, target words).
+    """
+    table, numbers = {}, {}
+    entries = []
+    for source, target in pairs:
+        words = [numbers.setdefault(word, len(numbers)) for word in [None, *source]]
+        places = []
+        for word in target:
+            places += [table.setdefault((number, word), len(table)) for number in words]
+        entries.append(torch.tensor(places, dtype=torch.long).view(len(target), len(words)))
+    return entries, torch.tensor([number for number, _ in table], dtype=torch.long)
 
 
-def numbered(sentences):
-    """Words as numbers from 1, in place of each sentence a list."""
-    ids = {}
-    found = []
-    for sentence in sentences:
-        found.append([ids.setdefault(word, len(ids) + 1) for word in sentence])
-    return found
+@functools.lru_cache(4096)        # many pairs share a shape
+def apart(m, n):
+    """|i/m - j/n|: (m, n)."""
+    i = torch.arange(1, m + 1, dtype=torch.double)[:, None]
+    j = torch.arange(1, n + 1, dtype=torch.double)
+    return (i / m - j / n).abs()
 
 
-def shapes_of(pairs):
-    """A list of (source words, target words) -> list of Shape, the source word of each table entry (E,)."""
-    sources, targets = [numbered(side) for side in zip(*pairs)]
-    types = max(itertools.chain([0], *targets)) + 1
-    rows_of, keys = {}, []
-    for row, (source, target) in enumerate(zip(sources, targets)):
-        rows_of.setdefault((len(target), len(source)), []).append(row)
-    for rows in rows_of.values():
-        e = torch.tensor([[0, *sources[row]] for row in rows])
-        f = torch.tensor([targets[row] for row in rows], dtype=torch.long)
-        keys.append(e[:, None, :] * types + f[:, :, None])
-    entries, entry = torch.unique(torch.cat([key.flatten() for key in keys]), return_inverse=True)
-    cells = entry.split([key.numel() for key in keys])
-    shapes = []
-    for ((m, n), rows), key, entry in zip(rows_of.items(), keys, cells):
-        i = torch.arange(1, m + 1, dtype=torch.double)[:, None]
-        j = torch.arange(1, n + 1, dtype=torch.double)
-        shapes.append(Shape(rows, (i / m - j / n).abs(), entry.view(key.shape)))
-    return shapes, entries // types
-
-
-def prior(apart, tension):
+@functools.lru_cache(4096)
+def prior(m, n, tension):
     """p(a_i = j) (Dyer, section 2): (m, n + 1)."""
-    near = torch.softmax(-tension * apart, 1)
-    null = torch.full((len(apart), 1), P_NULL, dtype=torch.double)
-    return torch.cat([null, (1 - P_NULL) * near], 1)
+    near = torch.softmax(-tension * apart(m, n), 1)
+    return torch.nn.functional.pad((1 - P_NULL) * near, (1, 0), value=P_NULL)
 
 
-def posterior(shape, table, tension):
-    """The E step: p(a_i = j | e, f), (B, m, n + 1)."""
-    joint = table[shape.entry] * prior(shape.apart, tension)
-    return joint / joint.sum(2, keepdim=True)
+def posterior(entry, table, tension):
+    """The E step: p(a_i = j | e, f), (m, n + 1)."""
+    m, columns = entry.shape
+    joint = table[entry] * prior(m, columns - 1, tension)
+    return joint / joint.sum(1, keepdim=True)
 
 
 def maximise(counts, source):
@@ -97,21 +89,21 @@ def maximise(counts, source):
     return torch.exp(torch.digamma(counts + ALPHA) - torch.digamma(mass)[source])
 
 
-def tension_slope(shapes, sums, tension):
+def tension_slope(sums, tension):
     """The derivative in lambda of the expected log prior, a target word on average (Dyer). A float.
 
-    `sums`: the posteriors of each shape, summed over its sentence pairs, (m, n + 1).
+    `sums`: p(a_i = j | e, f) summed over the pairs of a shape -> {(m, n + 1): (m, n + 1)}.
     """
     slope = words = 0
-    for shape, total in zip(shapes, sums):
-        linked = total[:, 1:]
-        mean = (torch.softmax(-tension * shape.apart, 1) * shape.apart).sum(1)
-        slope += (linked.sum(1) * mean).sum().item() - (linked * shape.apart).sum().item()
-        words += len(shape.rows) * len(total)
+    for (m, columns), total in sums.items():
+        linked, distance = total[:, 1:], apart(m, columns - 1)
+        mean = (torch.softmax(-tension * distance, 1) * distance).sum(1)
+        slope += (linked.sum(1) * mean).sum().item() - (linked * distance).sum().item()
+        words += total.sum().item()
     return slope / max(words, 1)
 
 
-def fit(shapes, source, desc='aligning'):
+def fit(entries, source, desc='aligning'):
     """Expectation maximisation of t and lambda -> table (E,), lambda.
 
     One iteration less than ITERATIONS: fast_align's last one only decodes.
@@ -119,31 +111,28 @@ def fit(shapes, source, desc='aligning'):
     table = torch.full(source.shape, 1 / max(len(source), 1), dtype=torch.double)
     tension = TENSION
     for iteration in progress(range(ITERATIONS - 1), desc=desc, unit='iteration'):
-        counts, sums = torch.zeros_like(table), []
-        for shape in shapes:
-            expected = posterior(shape, table, tension)
-            counts.index_add_(0, shape.entry.flatten(), expected.flatten())
-            sums.append(expected.sum(0))
+        counts, sums = torch.zeros_like(table), {}
+        for entry in entries:
+            expected = posterior(entry, table, tension)
+            counts.index_add_(0, entry.flatten(), expected.flatten())
+            sums[entry.shape] = sums.get(entry.shape, 0) + expected
         if len(counts):
             table = maximise(counts, source)
         if iteration > 0:           # from the second on, by gradient ascent: 8 steps of 20 (fast_align)
             for _ in range(8):
-                tension += 20 * tension_slope(shapes, sums, tension)
+                tension += 20 * tension_slope(sums, tension)
                 tension = min(max(tension, TENSIONS[0]), TENSIONS[1])
     return table, tension
 
 
 def best_links(pairs, desc='aligning'):
     """The most probable source word of each target word, if not null -> for each pair a set of (j, i)."""
-    links = [set() for _ in pairs]
-    shapes, source = shapes_of(pairs)
-    table, tension = fit(shapes, source, desc)
-    for shape in shapes:
-        best = (table[shape.entry] * prior(shape.apart, tension)).argmax(2)     # of equals the first
-        for row, columns in zip(shape.rows, best.tolist()):
-            for i, column in enumerate(columns):
-                if column > 0:
-                    links[row].add((column - 1, i))
+    entries, source = entries_of(pairs)
+    table, tension = fit(entries, source, desc)
+    links = []
+    for entry in entries:
+        best = posterior(entry, table, tension).argmax(1)      # of equals the first
+        links.append({(column - 1, i) for i, column in enumerate(best.tolist()) if column > 0})
     return links
 
 

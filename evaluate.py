@@ -129,6 +129,8 @@ def from_pretrained(name, **options):
                          'model, or a folder with config.json, model.safetensors, tokenizer.json') from None
     if config.is_encoder_decoder:
         raise InputError(f'{name}: an encoder-decoder; expected an encoder, such as {MBERT}')
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
     for setting in ('local_files_only', 'trust_remote_code', 'is_local'):
         tokenizer.init_kwargs.pop(setting, None)        # the loader's own, no part of a checkpoint
     resized = [key for key, *_ in info['mismatched_keys']]
@@ -142,7 +144,6 @@ def check_encoder(name, model, tokenizer, layer=0):
     """
     try:
         check_tokenizer(tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id
         pair = tokenizer('one two', 'three', return_tensors='pt')
         delta = robust.uniform_delta(model, pair, 0.0, layer)
         with torch.no_grad(), robust.perturbed(model.eval(), delta, layer):
@@ -155,11 +156,10 @@ def check_encoder(name, model, tokenizer, layer=0):
 
 
 def check_tokenizer(tokenizer):
-    """Raise InputError where it lacks a vocabulary, a pad token (the end's serves) or what parts a pair."""
+    """Raise InputError where it lacks a vocabulary, a pad token or what parts a pair."""
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise InputError('a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
                          'sentencepiece.bpe.model) beside the weights')
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise InputError('its tokenizer has neither a pad nor an end token; name a pad_token in '
                          'tokenizer_config.json')
@@ -601,7 +601,7 @@ def apart(record, group):
     return ''
 
 
-def counted(record, group):
+def already_in(record, group):
     """Whether this run is in the group already, as where a folder and a .jsonl with its line are named."""
     for other in group:
         if record['args'] == other['args'] and own(record) == own(other):
@@ -621,7 +621,7 @@ def groups(records):
     for record in sorted(records, key=lambda record: record['args']['method'] == 'rs_a'):
         fitting = [group for group in found if not apart(record, group)]
         for group in fitting:
-            if not counted(record, group):
+            if not already_in(record, group):
                 group.append(record)
         if not fitting:
             found.append([record])

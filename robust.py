@@ -174,9 +174,9 @@ def at_end_of_enc(model, layer, function):
         for handle in handles:
             handle.remove()
     if calls != expected:
-        raise InputError(f'{type(model).__name__}: layer {layer} was run {calls} times in place of '
-                         f'{expected}, so that delta does not reach Enc(x) once; expected one forward pass '
-                         'of an encoder')
+        what = 'word embeddings' if layer == 0 else 'layers'
+        raise InputError(f'{type(model).__name__}: its {what} were run {calls} times in place of {expected}, '
+                         'so that delta does not reach Enc(x) once; expected one forward pass of an encoder')
 
 
 def end_of_enc(model, layer):
