@@ -523,13 +523,7 @@ def comparable(records, task):
     for record in records:
         if record['args']['task'] != task:
             raise InputError(f'{record["name"]}: a run of {record["args"]["task"]}; expected runs of {task}')
-    groups = evaluate.groups(records)
-    if len(groups) > 1:
-        one, other = groups[0][0], groups[1][0]
-        why = ', '.join(evaluate.differences(one, other))
-        raise InputError(f'{one["name"]} and {other["name"]} do not belong together ({why}); expected runs '
-                         'that differ in method, eps and seed alone')
-    found = evaluate.variants(groups[0])
+    found = evaluate.variants(evaluate.one_group(records))
     if len(found) < 2 or 'plain' not in found:
         raise InputError(f'runs of {", ".join(found) or "no method"}; expected plain and a robust method')
     plain = found['plain'][None]

@@ -55,15 +55,16 @@ def choose_device(float32=False):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, name = torch.device('cpu'), f'CPU, {torch.get_num_threads()} threads, as there is no CUDA GPU'
-        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()       # not in older torch
+        capabilities = torch.cpu.get_capabilities()
         fast = capabilities.get('avx512_bf16') or capabilities.get('amx_bf16')
-        if torch.backends.mps.is_available() or torch.xpu.is_available():
-            name += " (this machine's own is not used: nothing here was tested on one)"
-    if fast and not float32:
-        say(f'device: {name}; bfloat16')
-        return device, torch.bfloat16
-    say(f'device: {name}; float32' + ('' if float32 else ', as it does not multiply bfloat16'))
-    return device, torch.float32
+    dtype = torch.bfloat16 if fast and not float32 else torch.float32
+    say(f'device: {name}; {short(dtype)}')
+    return device, dtype
+
+
+def short(dtype):
+    """'float32' of torch.float32 or of its name."""
+    return str(dtype).removeprefix('torch.')
 
 
 def default_model(task, data):
@@ -80,7 +81,7 @@ def load_encoder(name, task, freeze_embeddings=False, layer=0):
     labels = dict(enumerate(TASKS[task].labels))
     ids = {label: number for number, label in labels.items()}
     config, model, tokenizer, missing = from_pretrained(
-        name, num_labels=len(labels), id2label=labels, label2id=ids, ignore_mismatched_sizes=True)
+        name, id2label=labels, label2id=ids, ignore_mismatched_sizes=True)
     encoder = f'{model.base_model_prefix}.'
     lost = [key for key in missing if key.startswith(encoder) and 'pooler' not in key]
     if lost:
@@ -142,9 +143,15 @@ def check_encoder(name, model, tokenizer, layer=0):
 
     Found out with one pair, before hours are spent.
     """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise InputError(f'{name}: a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
+                         'sentencepiece.bpe.model) beside the weights')
+    special = tokenizer.num_special_tokens_to_add
+    if special(pair=True) <= special(pair=False):
+        raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; '
+                         'use another encoder')
     try:
-        check_tokenizer(tokenizer)
-        pair = tokenizer('one two', 'three', return_tensors='pt')
+        pair = tokenizer('one two', 'three', padding=True, return_tensors='pt')
         delta = robust.uniform_delta(model, pair, 0.0, layer)
         with torch.no_grad(), robust.perturbed(model.eval(), delta, layer):
             model(**pair)
@@ -153,20 +160,6 @@ def check_encoder(name, model, tokenizer, layer=0):
     except Exception as error:
         raise InputError(f'{name}: cannot classify a pair of sentences ({first_line(error)}); '
                          'use another encoder') from None
-
-
-def check_tokenizer(tokenizer):
-    """Raise InputError where it lacks a vocabulary, a pad token or what parts a pair."""
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise InputError('a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
-                         'sentencepiece.bpe.model) beside the weights')
-    if tokenizer.pad_token is None:
-        raise InputError('its tokenizer has neither a pad nor an end token; name a pad_token in '
-                         'tokenizer_config.json')
-    special = tokenizer.num_special_tokens_to_add
-    if special(pair=True) <= special(pair=False):
-        raise InputError('its tokenizer puts nothing between the two sentences of a pair; '
-                         'use another encoder')
 
 
 def first_line(error):
@@ -204,8 +197,7 @@ def longest(model, tokenizer, max_length):
 
 def encode(tokenizer, pairs, max_length):
     """Tokenise pairs -> features, a list of dicts that `tokenizer.pad` takes, and how many pairs were cut."""
-    premises, hypotheses = [pair.premise for pair in pairs], [pair.hypothesis for pair in pairs]
-    encoded = tokenizer(premises, hypotheses, truncation=True, max_length=max_length)
+    encoded = tokenizer([pair[:2] for pair in pairs], truncation=True, max_length=max_length)
     features, cut = [], 0
     for row, pair in enumerate(pairs):
         features.append({name: values[row] for name, values in encoded.items()})
@@ -215,13 +207,13 @@ def encode(tokenizer, pairs, max_length):
 
 
 def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_length=128, desc='predicting',
-            delta=None, layer=0, passes=1):
+            eps=None, steps=0, layer=0, passes=1, seed=42):
     """argmax_c f(Enc(x))_c for each Pair -> label indices (pairs,), and how many pairs were cut.
 
-    `delta`: a function, (inputs, labels) of a batch -> the perturbation of Enc(x), which ends at `layer`.
-    Of several passes the majority, of tied classes that with the highest mean probability: with a random
-    delta the smoothed classifier g (3.2). Leaves the model in eval mode. Raises InputError for logits that
-    are not finite.
+    With eps, of f(Enc(x) + delta) as robust.py has it: delta uniform in the L-inf ball of that radius, fresh
+    for each batch from `seed`, or what PGD finds in `steps` from there. Of several passes the majority, of
+    tied classes that with the highest mean probability: the smoothed classifier g (3.2). Leaves the model in
+    eval mode. Raises InputError for logits that are not finite.
     """
     if not all(isinstance(pair, Pair) for pair in pairs):
         raise InputError('predict takes a list of data.Pair(premise, hypothesis, label or None)')
@@ -230,6 +222,7 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
     # so that memory that does not suffice shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
+    generator = torch.Generator(model.device).manual_seed(seed)
     counted = []
     for start in progress(range(0, len(order), batch), desc=desc, unit='batch'):
         chosen = order[start:start + batch]
@@ -238,8 +231,10 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
         votes = 0
         for _ in range(passes):
             noise = contextlib.nullcontext()
-            if delta:   # found outside of autocast: rounded logits let a sure classifier's gradient vanish
-                noise = robust.perturbed(model, delta(inputs, labels), layer)
+            if eps is not None:     # not within autocast: rounded logits let a sure one's gradient vanish
+                delta = robust.worst_delta(model, {**inputs, 'labels': labels}, eps=eps, steps=steps,
+                                           layer=layer, generator=generator)
+                noise = robust.perturbed(model, delta, layer)
             autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
             with noise, autocast, torch.inference_mode():
                 logits = model(**inputs).logits.float()
@@ -339,19 +334,18 @@ def read_records(names):
     A name is a run folder, or a .jsonl file of such lines (`cat runs/*/results.json > FILE.jsonl`).
     Raises InputError.
     """
+    expected = ('the folder of a finished run of train.py, or a .jsonl of results.json; '
+                '--task TASK scores any other classifier')
     records = []
     for name in names:
         path = Path(name)
-        if not path.exists():
-            raise InputError(f'{name}: no such folder; expected a run folder of train.py, or a .jsonl')
-        if path.is_dir():
+        folder = path.is_dir()
+        if folder:
             path = path / 'results.json'
-            if not path.exists():
-                raise InputError(f'{name}: no results.json in it, so that it is no finished run of train.py; '
-                                 '--task TASK scores any other classifier')
-        for number, line in enumerate(read_lines(path, 'a record of train.py a line'), 1):
-            where = str(path) if path.suffix == '.json' else f'{path}:{number}'
-            records.append(read_record(line, where) | {'name': where.removesuffix(f'{os.sep}results.json')})
+        for number, line in enumerate(read_lines(path, expected), 1):
+            record = read_record(line, f'{path}:{number}')
+            record['name'] = str(path.parent) if folder else f'{path}:{number}'
+            records.append(record)
     return records
 
 
@@ -391,56 +385,34 @@ def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options
     files; raises InputError if they are not of one length. `options`, here and below: of `predict`.
     """
     files = {lang: read_as(model, task, data, 'test', lang, max_eval) for lang in langs}
-    rows = len(files[langs[0]])
-    for lang, pairs in files.items():
-        if len(pairs) != rows:
-            raise InputError(f'{Path(data) / task}: {len(pairs)} rows in test-{lang}.tsv, {rows} in '
-                             f'test-{langs[0]}.tsv; the generalised setting needs row-aligned files')
+    if len(set(map(len, files.values()))) > 1:
+        rows = ', '.join(f'{len(pairs)} in test-{lang}.tsv' for lang, pairs in files.items())
+        raise InputError(f'{Path(data) / task}: rows: {rows}; the generalised setting needs as many in each')
     found = {}
     for first, second in itertools.product(langs, langs):
         pairs, name = crossed(files[first], files[second]), f'{first}-{second}'
-        found[name] = {'items': len(pairs), 'marks': None, 'cut': 0}
-        if pairs:
-            predicted, found[name]['cut'] = predict(model, tokenizer, pairs, desc=name, **options)
-            found[name]['marks'] = marks(predicted, pairs)
+        predicted, cut = predict(model, tokenizer, pairs, desc=name, **options)
+        found[name] = {'items': len(pairs), 'marks': marks(predicted, pairs), 'cut': cut}
     return found
 
 
-def in_ball(model, *, eps, steps=0, layer=0, seed=42):
-    """Options of `predict`: delta uniform in the L-inf ball, fresh for each batch, or PGD's after `steps`."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-
-    def delta(inputs, labels):
-        """The draw of a batch, or the worst point that was found from it."""
-        batch = {**inputs, 'labels': labels}
-        return robust.worst_delta(model, batch, eps=eps, steps=steps, layer=layer, generator=generator)
-    return {'delta': delta, 'layer': layer}
-
-
-def smoothed(model, tokenizer, task, data, langs, *, eps, passes, layer=0, seed=42, **options):
+def smoothed(model, tokenizer, task, data, langs, *, eps, passes, **options):
     """The smoothed classifier g of 3.2, its probability by `passes` draws of noise -> what `score` gives."""
-    found = {}
-    for lang in langs:      # each with the same draws, whatever the others
-        noise = in_ball(model, eps=eps, layer=layer, seed=seed)
-        found |= score(model, tokenizer, task, data, [lang], passes=passes, **noise, **options)
-    return found
+    return score(model, tokenizer, task, data, langs, eps=eps, passes=passes, **options)
 
 
-def regions(model, tokenizer, task, data, langs, *, radii, steps, layer=0, seed=42, **options):
+def regions(model, tokenizer, task, data, langs, *, radii, steps, **options):
     """Accuracy at each radius of the L-inf ball, under uniform noise (one draw a pair) and under attack.
 
     -> {language: {'items', 'cut', 'noise', 'attack'}}, the last two the accuracy at each radius. What the
     attack does not find may be there all the same: its accuracy is an upper bound of the robust accuracy.
     """
-    found = {}
-    for lang in langs:
-        curves = {'noise': [], 'attack': []}
-        for eps, kind in itertools.product(radii, curves):
-            pgd = steps if kind == 'attack' else 0
-            noise = in_ball(model, eps=eps, steps=pgd, layer=layer, seed=seed)
-            row = score(model, tokenizer, task, data, [lang], **noise, **options)[lang]
-            curves[kind].append(accuracy(row['marks']))
-        found[lang] = {'items': row['items'], 'cut': row['cut'], **curves}
+    found = {lang: {'noise': [], 'attack': []} for lang in langs}
+    for lang, eps in itertools.product(langs, radii):
+        for kind, pgd in (('noise', 0), ('attack', steps)):
+            row = score(model, tokenizer, task, data, [lang], eps=eps, steps=pgd, **options)[lang]
+            found[lang][kind].append(accuracy(row['marks']))
+            found[lang] |= {'items': row['items'], 'cut': row['cut']}
     return found
 
 
@@ -474,12 +446,13 @@ def draw_regions(curves, radii, title, chance):
 
     curves: {name: [what `regions` found, one a seed]}, drawn as the mean over seeds. chance: in percent.
     """
-    first, *others = sum(curves.values(), [])
-    langs = [lang for lang in first if None not in first[lang]['noise']]
-    for found in others:
-        langs = [lang for lang in langs if lang in found]
+    runs = sum(curves.values(), [])
+    langs = list(runs[0])
+    for found in runs:
+        langs = [lang for lang in langs if lang in found and None not in found[lang]['noise']]
     if not langs:
         raise InputError('no language has labels in every run: there is nothing to draw')
+    ticks = [f'{radius:g}' for radius in radii]
     columns = min(4, len(langs))
     lines = math.ceil(len(langs) / columns)
     figure = new_figure(2.6 * columns + 1, 2.4 * lines + 1.5)
@@ -487,12 +460,12 @@ def draw_regions(curves, radii, title, chance):
     for lang, axes in zip(langs, panels):
         axes.axhline(chance, color='grey', linestyle=':', label=f'chance ({chance:.0f}%)')
         axes.set(title=lang, ylim=(0, 103), ylabel='accuracy (%)', xlabel='eps (L-inf)')
-        axes.set_xticks(range(len(radii)), [f'{radius:g}' for radius in radii])
         width = 3
         for number, (name, seeds) in enumerate(curves.items()):
             for kind, style in (('noise', '-'), ('attack', '--')):
                 mean = torch.tensor([found[lang][kind] for found in seeds], dtype=torch.double).mean(0)
-                axes.plot(mean, style, color=f'C{number}', marker='os^Dv<>P'[number % 8], fillstyle='none',
+                marker = 'os^Dv<>P'[number % 8]
+                axes.plot(ticks, mean, style, color=f'C{number}', marker=marker, fillstyle='none',
                           linewidth=width, markersize=3 * width, label=f'{name}, {kind}')
                 # Thinner and thinner, the markers hollow: where curves coincide each is still seen.
                 width -= 1 / len(curves)
@@ -524,7 +497,7 @@ PAPER = {
     },
 }
 UNIT = {'xnli': 3}      # items that were not drawn apart: a premise of XNLI has three rows
-# Student's t, 97.5%, at 1, 2, ... 30 degrees of freedom; beyond, the normal's 1.96 is near enough.
+# Student's t, 97.5%, at 1, 2, ... 30 degrees of freedom; beyond, the last is near enough.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
         2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -568,36 +541,28 @@ def as_cells(columns, scores):
 
 # Which records may be compared.
 
-def count_items(record):
-    """How many test items with labels each language has: {language: number}."""
-    return {lang: len(row) for lang, row in record['test_marks'].items() if row}
-
-
 def settings(record):
     """What must agree between two records that both name it -> {name: value}."""
     may_differ = {'method', 'seed', 'synonyms'}.union(*robust.METHODS.values())
     if record['args']['method'] == 'rs_a':
         may_differ.add('epochs')        # they run over more pairs
     found = {**record['args'], **record['files'], 'dtype': record['dtype']}
-    found |= {f'test items of {lang}': items for lang, items in count_items(record).items()}
+    for lang, row in record['test_marks'].items():
+        if row:
+            found[f'test items of {lang}'] = len(row)
     return {name: value for name, value in found.items() if name not in may_differ}
 
 
-def differences(one, other):
-    """Why two records may not stand in one table -> list of text, empty where they may."""
-    ours, theirs, found = settings(one), settings(other), []
-    for name in ours:
-        if ours[name] != theirs.get(name, ours[name]):
-            found.append(f'{name} {ours[name]} and {theirs[name]}')
-    return found
-
-
 def apart(record, group):
-    """Why a record may not stand in one table with others -> a line, empty where it may."""
+    """Why a record may not stand in one table with others -> 'NAME: lr 1 and 2', empty where it may."""
+    ours = settings(record)
     for other in group:
-        why = differences(record, other)
+        theirs, why = settings(other), []
+        for name in ours:
+            if ours[name] != theirs.get(name, ours[name]):
+                why.append(f'{name} {ours[name]} and {theirs[name]}')
         if why:
-            return f'In no table with {other["name"]}: {", ".join(why)}.'
+            return f'{other["name"]}: {", ".join(why)}'
     return ''
 
 
@@ -626,6 +591,16 @@ def groups(records):
         if not fitting:
             found.append([record])
     return found
+
+
+def one_group(records):
+    """The group that all records form, the same run once. Raises InputError where they form several."""
+    group, *others = groups(records)
+    if others:
+        stranger = others[0][0]
+        raise InputError(f'{stranger["name"]} does not belong with {apart(stranger, group)}; expected runs '
+                         'that differ in method, eps and seed alone')
+    return group
 
 
 def own(record):
@@ -725,9 +700,8 @@ def oracle(by_eps, langs):
 
 def paired(records, plain):
     """[(record, plain record)] of the seeds that both have."""
-    by_seed = {record['args']['seed']: record for record in plain}
-    both = [record for record in records if record['args']['seed'] in by_seed]
-    return [(record, by_seed[record['args']['seed']]) for record in both]
+    both = itertools.product(records, plain)
+    return [(one, other) for one, other in both if one['args']['seed'] == other['args']['seed']]
 
 
 def seed_gains(pairs, langs):
@@ -789,7 +763,7 @@ def gain(records, plain, langs):
         return nothing, nothing
     by_seed, half, seeds = seed_gains(pairs, langs), 1.96 * item_errors(pairs, langs), len(pairs)
     if seeds > 1:
-        t = T975[seeds - 2] if seeds - 2 < len(T975) else 1.96
+        t = T975[min(seeds - 1, len(T975)) - 1]
         half = torch.hypot(half, t * by_seed.std(0) / seeds ** 0.5)
     return by_seed.mean(0), half
 
@@ -888,18 +862,24 @@ def span(numbers):
     return ' to '.join(f'{end:,}' for end in ends)
 
 
+def merged(group, field):
+    """What the records of a group say of their languages in a field: {language: value}."""
+    found = {}
+    for record in group:
+        found |= record.get(field, {})
+    return found
+
+
 def caption(group):
     """The lines above a table: what it is of, and whether all of it was made alike."""
-    by_lang = {}
-    for record in group:
-        by_lang |= count_items(record)
-    first, items = group[0], by_lang.values()
+    first = group[0]
+    items = [len(row) for row in merged(group, 'test_marks').values() if row]
     steps = [record['steps'] for record in group]
     seeds = ' '.join(map(str, sorted({record['args']['seed'] for record in group})))
     lines = [f'{first["args"]["task"]}, test accuracy in percent, mean over seeds {seeds}',
              f'model {Path(first["paths"]["model"]).name}; {span(steps)} steps; '
              f'{span([record["train_pairs"] for record in group])} training pairs; '
-             f'{span(items)} test items a language; {first["dtype"].removeprefix("torch.")}']
+             f'{span(items)} test items a language; {short(first["dtype"])}']
     if min([*steps, *items]) < TRIAL:
         lines.append(f'A trial, not a result: {span(steps)} steps, {span(items)} items.')
     for name in MADE_BY:
@@ -911,33 +891,23 @@ def caption(group):
 
 def table_of(group):
     """The Table of records that fit together: Table 1 or 2 of the paper."""
-    args, langs = group[0]['args'], languages(group)
+    task, marked = group[0]['args']['task'], merged(group, 'test_marks')
+    # The task's own languages in the paper's order, then the others.
+    ordered = dict.fromkeys([*TASKS[task].languages, *marked])
+    langs = [lang for lang in ordered if lang in marked]
     labelled = accuracies(group, langs).isfinite().all(0)
     known = [lang for lang, all_labelled in zip(langs, labelled) if all_labelled]
     seeds = len({record['args']['seed'] for record in group})
     found = variants(group)
-    rows, below = paper_rows(args['task'], 'mBERT*', known), []
+    rows, below = paper_rows(task, 'mBERT*', known), []
     for label, by_eps in found.items():
         plain = [] if label == 'plain' else found.get('plain', {}).get(None, [])
         rows += method_rows(label, by_eps, plain, known, seeds)
-        rows += paper_rows(args['task'], label.split()[0], known)
+        rows += paper_rows(task, label.split()[0], known)
         below += method_notes(label, by_eps, plain, known)
     below += legend(found, [lang for lang in langs if lang not in known])
-    cut, longest_input = {}, args['max_length']
-    for record in group:
-        cut |= record.get('cut', {})
-        longest_input = record.get('longest', longest_input)
-    below += cut_note(cut, longest_input)
+    below += cut_note(merged(group, 'cut'), group[0].get('longest', group[0]['args']['max_length']))
     return Table(caption(group), [*langs, 'avg.'], rows, below)
-
-
-def languages(group):
-    """The languages that a group names, the task's own in the paper's order first."""
-    named = {}
-    for record in group:
-        named |= record['test_marks']
-    ordered = dict.fromkeys([*TASKS[group[0]['args']['task']].languages, *named])
-    return [lang for lang in ordered if lang in named]
 
 
 def report(records):
@@ -947,7 +917,7 @@ def report(records):
         table, task = table_of(group), group[0]['args']['task']
         why = apart(group[0], [other for other in before if other['args']['task'] == task])
         if why:
-            table.above.append(why)
+            table.above.append(f'In no table with {why}.')
         print(render(table))
         tables.append(table)
         before += group
@@ -987,64 +957,62 @@ def parse_args(words=None):
 
 
 def named_by_output(args):
-    """What -o names: the 'picture' of --regions, a foreign classifier's 'predictions', else the 'table'."""
+    """What -o names: a 'picture' of --regions, a foreign classifier's 'predictions', a 'table'; or None."""
+    if not args.output:
+        return None
     if args.regions:
         return 'picture'
     return 'predictions' if args.task and not (args.generalized or args.smooth) else 'table'
 
 
-def check(args, records):
-    """Raise InputError for what would fail, or mean nothing, after hours of measuring."""
-    named = ' '.join(args.runs)
-    if len({record['args']['task'] for record in records}) > 1:
-        raise InputError(f'{named}: runs of several tasks; name those of one')
-    for name, record in zip(args.runs, records):
-        if args.smooth and args.eps is None and record['args']['eps'] is None:
-            method = record['args']['method']
-            raise InputError(f'{name}: {method} has no eps of its own; say --eps with --smooth')
+def check_output(args, records):
+    """Raise InputError for an -o that would fail, or mean nothing, after hours of measuring."""
     what, output = named_by_output(args), args.output
-    if output and what == 'picture':
+    if what == 'picture':
         check_picture(output)
-        for record in records[1:]:      # the seeds of a method are drawn as one curve
-            why = ', '.join(differences(records[0], record))
-            if why:
-                both = f'{records[0]["name"]} and {record["name"]}'
-                raise InputError(f'-o {output}: {both} belong in no picture together: {why}')
-    if output and what == 'predictions' and len(records) > 1:
-        raise InputError(f'-o {output}: one folder for predictions of {named}; name one classifier')
-    if output and what == 'table' and Path(output).suffix != '.json':
+        one_group(records)      # the seeds of a method are drawn as one curve
+    elif what == 'predictions' and len(records) > 1:
+        raise InputError(f'-o {output}: one folder for predictions of {" ".join(args.runs)}; '
+                         'name one classifier')
+    elif what == 'table' and Path(output).suffix != '.json':
         raise InputError(f'-o {output}: expected FILE.json')
 
 
-def find_run(name, args):
-    """The record of a run whose model is at hand; for a classifier of other making, one like it."""
-    path = Path(name)
-    if args.task and not (path / 'results.json').exists():
-        trained = {'task': args.task, 'method': name, 'eps': None, 'layer': None, 'max_length': 128,
-                   'max_eval': None}
-        marks = dict.fromkeys(TASKS[args.task].languages)
-        return {'name': name, 'args': trained, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
-                'test_marks': marks}
-    if path.is_file():
-        raise InputError(f'{name}: results without their models; to measure anew, name run folders')
-    record, = read_records([name])
-    if args.task not in (None, record['args']['task']):
-        raise InputError(f'{name}: a run of {record["args"]["task"]}, not of {args.task}')
-    return record
+def find_runs(args):
+    """The records of the runs to measure, or of --task what stands for them. Raises InputError."""
+    # A run named twice, or once with a trailing slash, is no second seed.
+    names = {os.path.abspath(name): name for name in args.runs}.values()
+    if args.task:
+        records = [foreign(name, args.task) for name in names]
+    else:
+        records = read_records(names)
+    for record in records:
+        name, trained = record['name'], record['args']
+        if not args.task and not Path(name).is_dir():
+            raise InputError(f'{name}: results without their model; to measure anew, name run folders')
+        if args.smooth and args.eps is None and trained['eps'] is None:
+            raise InputError(f'{name}: {trained["method"]} has no eps of its own; say --eps with --smooth')
+    return records
 
 
-def measure(name, record, args):
+def foreign(name, task):
+    """What stands for the record of a classifier of other making."""
+    args = {'task': task, 'method': name, 'eps': None, 'layer': None, 'max_length': 128, 'max_eval': None}
+    return {'name': name, 'args': args, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
+            'test_marks': dict.fromkeys(TASKS[task].languages)}
+
+
+def measure(record, args):
     """What the command line asks for, of one run's model -> (Table, what was found)."""
-    trained, data = record['args'], args.data or record['paths']['data']
+    name, trained, data = record['name'], record['args'], args.data or record['paths']['data']
     model, tokenizer = load(name)
     device, dtype = choose_device(args.float32 or record['dtype'] == 'torch.float32')
-    max_length = longest(model, tokenizer, trained['max_length'])
+    max_length, layer = longest(model, tokenizer, trained['max_length']), trained['layer'] or 0
     langs = list(dict.fromkeys(args.langs or record['test_marks']))
     where = model.to(device), tokenizer, trained['task'], data, langs
     options = {'max_eval': args.max_eval or trained['max_eval'], 'dtype': dtype, 'batch': args.batch,
-               'max_length': max_length}
-    noise = {'layer': trained['layer'] or 0, 'seed': args.seed}
-    said = f'layer {noise["layer"]}, seed {args.seed}'
+               'max_length': max_length, 'layer': layer, 'seed': args.seed}
+    said = f'layer {layer}, seed {args.seed}'
     columns, rows, notes = [*langs, 'avg.'], [], []
     if args.generalized:
         what = 'premise in the language of the row, hypothesis in that of the column'
@@ -1053,16 +1021,16 @@ def measure(name, record, args):
         rows, notes = generalized_rows(found, langs)
     elif args.regions:
         what = f'against the radius eps, under uniform noise and under PGD of {args.steps} steps, {said}'
-        found = regions(*where, radii=args.radii, steps=args.steps, **noise, **options)
+        found = regions(*where, radii=args.radii, steps=args.steps, **options)
         columns, notes = [f'{radius:g}' for radius in args.radii], [UPPER_BOUND]
         for lang, row in found.items():
             rows += [(f'{lang} {kind}', as_cells(columns, row[kind])) for kind in ('noise', 'attack')]
     else:
-        what, found = 'scored anew', {}
+        what = 'scored anew'
         if args.smooth:
             eps = trained['eps'] if args.eps is None else args.eps
             what = f'majority over {args.smooth} passes with uniform noise of eps {eps:g}, {said}'
-            found = smoothed(*where, eps=eps, passes=args.smooth, **noise, **options)
+            found = smoothed(*where, eps=eps, passes=args.smooth, **options)
         else:
             found = score(*where, **options)
         scored = {'test_marks': {lang: row['marks'] for lang, row in found.items()}}
@@ -1070,73 +1038,71 @@ def measure(name, record, args):
     items = span([row['items'] for row in found.values()])
     above = [f'{name}, {trained["task"]}, accuracy in percent: {what}',
              f'test files of {data}, {items} items; languages {" ".join(langs)}; '
-             f'{str(dtype).removeprefix("torch.")}; {device.type}']
+             f'{short(dtype)}; {device.type}']
     notes += cut_note({lang: row['cut'] for lang, row in found.items()}, max_length)
     return Table(above, columns, rows, notes), found
 
 
 def generalized_rows(found, langs):
     """Of `generalized`: a row for each language of the premise, and the note."""
-    rows, others = [], []
+    marked = []
     for first in langs:
-        scores = {second: accuracy(found[f'{first}-{second}']['marks']) for second in langs}
-        rows.append((first, as_cells(langs, scores.values())))
-        others += [score for second, score in scores.items() if second != first and score is not None]
-    mean = sum(others) / max(len(others), 1)
-    return rows, [f'mean of {len(others)} pairs of two languages: {mean:.1f}; left out: rows whose two '
+        marked.append({'test_marks': {second: found[f'{first}-{second}']['marks'] for second in langs}})
+    scores = accuracies(marked, langs)
+    others = scores[~torch.eye(len(langs), dtype=torch.bool)]
+    rows = [(first, as_cells(langs, row)) for first, row in zip(langs, scores)]
+    pairs, mean = others.isfinite().sum(), others.nanmean()
+    return rows, [f'mean of {pairs} pairs of two languages: {mean:.1f}; left out: rows whose two '
                   'labels differ, and those with a placeholder NS']
 
 
-def picture(args, records, results):
-    """The figure of --regions, from what `regions` found of each run."""
-    curves, task = {}, records[0]['args']['task']
-    for record, found in zip(records, results):
+def picture(args, records):
+    """The figure of --regions, from what was `found` of each record."""
+    curves = {}
+    for record in records:
         curve = row_name(label_of(record, records), record['args']['eps'])
-        curves.setdefault(curve, []).append(found)
-    items = span([row['items'] for row in results[0].values()])
+        curves.setdefault(curve, []).append(record['found'])
+    task = records[0]['args']['task']
+    items = span([row['items'] for row in records[0]['found'].values()])
     seeds = span([len(runs) for runs in curves.values()])
     title = f'{task}, mean over {seeds} seed(s), {items} test items a language, PGD of {args.steps} steps'
     return draw_regions(curves, args.radii, title, 100 / len(TASKS[task].labels))
 
 
 def measure_all(args):
-    """Measure and print what the command line asks for, run by run -> records, tables, what was found."""
-    # A run named twice, or once with a trailing slash, is no second seed.
-    args.runs = list({os.path.abspath(name): name for name in args.runs}.values())
-    records = [find_run(name, args) for name in args.runs]
-    check(args, records)
-    tables, results = [], []
-    for name, record in zip(args.runs, records):
+    """Measure and print what the command line asks for, run by run -> tables; records, each with `found`."""
+    records = find_runs(args)
+    check_output(args, records)
+    tables = []
+    for record in records:
         try:
-            table, found = measure(name, record, args)
-        except RuntimeError as error:
-            if 'memory' not in str(error):
-                raise
-            raise InputError(f'{name}: out of memory; try a smaller --batch than {args.batch}') from None
+            table, record['found'] = measure(record, args)
+        except torch.OutOfMemoryError:
+            raise InputError(f'{record["name"]}: out of memory; try a smaller --batch than '
+                             f'{args.batch}') from None
         print(render(table))
         tables.append(table)
-        results.append(found)
-    return records, tables, results
+    return tables, records
 
 
 def main(args=None):
     """Print the tables of runs, or measure something else of them; write where -o says, and nowhere else."""
     args = args or parse_args()
-    what, output = named_by_output(args), args.output
     anew = args.task or args.langs or args.data or args.max_eval
     if anew or args.generalized or args.smooth or args.regions:
-        records, tables, results = measure_all(args)
+        tables, records = measure_all(args)
     else:
-        check(args, [])
+        check_output(args, [])
         tables = report(read_records(args.runs))
     # Last of all: what cannot be written has been printed.
-    if output and what == 'picture':
-        save_picture(picture(args, records, results), output)
-    elif output and what == 'predictions':
-        write_predictions(Path(output) / args.task, 'test', results[0])
-    elif output:
+    what = named_by_output(args)
+    if what == 'picture':
+        save_picture(picture(args, records), args.output)
+    elif what == 'predictions':
+        write_predictions(Path(args.output) / args.task, 'test', records[0]['found'])
+    elif what == 'table':
         content = json.dumps([table._asdict() for table in tables], ensure_ascii=False, indent=1)
-        with replacing(output) as part:
+        with replacing(args.output) as part:
             part.write_text(content + '\n', encoding='utf-8')
 
 

@@ -1713,7 +1713,7 @@ def test_no_pad_token_and_nothing_between_the_sentences(world, tmp_path):
                 config[key] = value
         (folder / 'tokenizer_config.json').write_text(json.dumps(config))
         return folder
-    with pytest.raises(data.InputError, match='neither a pad nor an end token'):
+    with pytest.raises(data.InputError, match='padless: cannot classify .*does not have a padding token'):
         evaluate.load_encoder(str(change('padless', pad_token=None)), 'sample')
     _, tokenizer = evaluate.load_encoder(str(change('ended', pad_token=None, eos_token='[SEP]')), 'sample')
     assert tokenizer.pad_token == '[SEP]'
@@ -1953,12 +1953,11 @@ def test_runs_that_differ_share_no_picture(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, 'check_picture', lambda path: None)
     args = evaluate.parse_args(['a', 'b', '--regions', '-o', 'p.png'])
     a, b = record('rs_r', 0.1, 1, '10', name='a'), record('rs_r', 0.1, 2, '10', name='b')
-    evaluate.check(args, [a, b])
-    with pytest.raises(data.InputError, match='a and b belong in no picture together: max_steps 200 and 9'):
-        evaluate.check(args, [a, record('rs_r', 0.1, 2, '10', name='b', max_steps=9)])
-    args = evaluate.parse_args(['x/c', 'y/c', '--regions', '--task', 'sample'])
-    both = [evaluate.find_run(name, args) for name in args.runs]
-    evaluate.check(args, both)
+    evaluate.check_output(args, [a, b])
+    with pytest.raises(data.InputError, match='b does not belong with a: max_steps 9 and 200; expected runs'):
+        evaluate.check_output(args, [a, record('rs_r', 0.1, 2, '10', name='b', max_steps=9)])
+    both = evaluate.find_runs(evaluate.parse_args(['x/c', 'y/c', '--regions', '--task', 'sample']))
+    evaluate.check_output(args, both)
     assert evaluate.label_of(both[0], both) == 'x/c' and evaluate.label_of(both[1], both) == 'y/c'
 
 
@@ -2157,7 +2156,7 @@ def test_generalized_pairs_two_languages_and_leaves_out_rows_that_mean_nothing(t
     note, = evaluate.generalized_rows(found, ['en', 'de', 'ja'])[1]
     assert note.startswith('mean of 6 pairs of two languages: 83.3; left out: ')
     data.write_pairs(data.path_of(tmp_path, 'pawsx', 'test', 'ja'), rows['ja'][:2])
-    with pytest.raises(data.InputError, match='pawsx: 2 rows in test-ja.tsv, 3 in test-en.tsv'):
+    with pytest.raises(data.InputError, match='pawsx: rows: 3 in test-en.tsv, 2 in test-ja.tsv'):
         evaluate.generalized(model, None, 'pawsx', tmp_path, ['en', 'ja'])
 
 
@@ -2295,14 +2294,13 @@ def test_attack_is_worse_than_noise_and_its_gradient_is_of_float32_logits(finish
 def test_a_run_named_twice_is_measured_once(monkeypatch):
     measured = []
 
-    def measure(name, record, args):
-        measured.append((name, record['name']))
+    def measure(record, args):
+        measured.append(record['name'])
         return evaluate.Table([], [], [], []), {}
-    monkeypatch.setattr(evaluate, 'find_run', lambda name, args: record('plain', None, 1, '10', name=name))
     monkeypatch.setattr(evaluate, 'measure', measure)
-    args = evaluate.parse_args(['a/', 'b', 'a', './b', '--regions'])
-    records, tables, results = evaluate.measure_all(args)
-    assert measured == [('a', 'a'), ('./b', './b')] and len(records) == len(tables) == len(results) == 2
+    args = evaluate.parse_args(['a/', 'b', 'a', './b', '--regions', '--task', 'sample'])
+    tables, records = evaluate.measure_all(args)
+    assert measured == ['a', './b'] and len(records) == len(tables) == 2
 
 
 def test_the_picture_of_the_regions_hides_nothing(tmp_path):
@@ -2431,17 +2429,17 @@ def test_out_of_memory_names_the_batch(finished, capsys, monkeypatch):
 # flags after a run folder RUN of rs_r, one PLAIN, one of pawsx OTHER, or LINES.jsonl; what the line says
 WRONG = [
     ('LINES.jsonl --max-eval 3',
-     'LINES.jsonl: results without their models; to measure anew, name run folders'),
-    ('LINES.jsonl --regions', 'LINES.jsonl: results without their models'),
+     'LINES.jsonl:1: results without their model; to measure anew, name run folders'),
+    ('LINES.jsonl --regions', 'LINES.jsonl:1: results without their model'),
     ('PLAIN --smooth 3', 'PLAIN: plain has no eps of its own; say --eps'),
-    ('RUN OTHER --generalized', 'RUN .*OTHER: runs of several tasks'),
+    ('RUN OTHER --regions -o picture.svg', 'OTHER does not belong with RUN: task pawsx and sample'),
     ('RUN --regions -o picture.txt', 'picture.txt: not the name of a picture'),
     ('RUN --max-eval 3 -o table.txt', '-o table.txt: expected FILE.json'),
     ('RUN -o table.txt', '-o table.txt: expected FILE.json'),
-    ('RUN --task pawsx', 'RUN: a run of sample, not of pawsx'),
+    ('RUN --task pawsx', 'RUN: its labels are different, paraphrase; pawsx has 0, 1'),
     ('RUN --langs yo', 'test-yo.tsv'),
     ('RUN --data nowhere', 'nowhere'),
-    ('nowhere', 'nowhere: no such folder'),
+    ('nowhere', 'nowhere: No such file or directory; expected the folder of a finished run'),
 ]
 
 
@@ -3061,8 +3059,8 @@ def test_a_picture_is_written(tmp_path):
     ([*PLAIN, run_of('rs_r', 1, [1, 1, 1, 1], eps=0.1, task='pawsx')],
      'a run of pawsx; expected runs of sample'),
     ([*PLAIN, run_of('rs_r', 1, [1, 1, 1, 1], eps=0.1, epochs=9)],
-     r':1 and .*:3 do not belong together \(epochs 4 and 9\)'),
-    ([*PLAIN, ROBUST[0] | {'dtype': 'torch.bfloat16'}], 'do not belong together .dtype'),
+     r':3 does not belong with .*:1: epochs 9 and 4; expected runs that differ in method'),
+    ([*PLAIN, ROBUST[0] | {'dtype': 'torch.bfloat16'}], 'does not belong with .*:1: dtype'),
     (PLAIN, 'runs of plain; expected plain and a robust method'),
     (ROBUST, 'runs of rs_r; expected plain and a robust method'),
     ([PLAIN[0], ROBUST[1]], 'rs_r: no seed in common with plain'),
@@ -3262,7 +3260,7 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     (TRAIN + 'plain --langs en yo', [], 'test-yo.tsv: no such file'),
     (TRAIN.replace('new', 'run') + 'adv --plain-steps 0', [],
      'run: holds another run .method plain, not adv; eps None, not 0.001'),
-    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, b'{')], 'results.json: not JSON'),
+    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, b'{')], 'results.json:1: not JSON'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None),
                                              ('run/state.pt', None, b'half')], 'state.pt: not a state'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/args.json', None, b'{}'),
@@ -3271,10 +3269,10 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     (TRAIN.replace('new', 'run/config.json') + 'plain', [], 'config.json: holds something else'),
     (TRAIN.replace('new', 'D') + 'plain', [], 'D: holds something else than a run'),
     (TRAIN.replace('new', 'D/sample/dev-en.tsv/x') + 'plain', [], 'cannot be written|Not a directory'),
-    ('evaluate nowhere', [], 'nowhere: no such folder'),
-    ('evaluate D', [], 'D: no results.json in it'),
-    ('evaluate run', [('run/results.json', None, b'[]')], 'results.json: a record without args'),
-    ('evaluate run', [('run/results.json', b'"dtype"', b'"mode"')], 'results.json: a record without dtype'),
+    ('evaluate nowhere', [], 'nowhere: No such file'),
+    ('evaluate D', [], 'D/results.json: No such file .*; expected the folder of a finished run.*--task TASK'),
+    ('evaluate run', [('run/results.json', None, b'[]')], 'results.json:1: a record without args'),
+    ('evaluate run', [('run/results.json', b'"dtype"', b'"mode"')], 'results.json:1: a record without dtype'),
     ('evaluate lines.jsonl', [('lines.jsonl', None, b'{"args": {}}\n')],
      'lines.jsonl:1: a record without files'),
     ('evaluate run --smooth 3', [], 'run: plain has no eps of its own; say --eps'),
@@ -3341,7 +3339,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(command, broken, message, p
 
 
 def test_a_script_ends_with_one_line_and_no_traceback(tmp_path):
-    for script, flags, message in (('evaluate', tmp_path, f'{tmp_path}: no results.json in it'),
+    for script, flags, message in (('evaluate', tmp_path, f'{tmp_path}/results.json: No such file'),
                                    ('train', '--task pawsx --method plain --data', 'the following|expected')):
         ended = subprocess.run([sys.executable, HERE / f'{script}.py', *str(flags).split()],
                                capture_output=True, text=True)
