@@ -139,10 +139,7 @@ def from_pretrained(name, **options):
 
 
 def check_encoder(name, model, tokenizer, layer=0):
-    """Raise InputError where tokenizer and encoder cannot classify pairs, or delta does not reach `layer`.
-
-    Found out with one pair, before hours are spent.
-    """
+    """Raise InputError where tokenizer and encoder cannot classify pairs, or delta does not reach `layer`."""
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise InputError(f'{name}: a tokenizer without a vocabulary; expected tokenizer.json (or vocab.txt, '
                          'sentencepiece.bpe.model) beside the weights')
@@ -150,16 +147,13 @@ def check_encoder(name, model, tokenizer, layer=0):
     if special(pair=True) <= special(pair=False):
         raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; '
                          'use another encoder')
-    try:
+    try:    # now, before hours are spent
         pair = tokenizer('one two', 'three', padding=True, return_tensors='pt')
         delta = robust.uniform_delta(model, pair, 0.0, layer)
         with torch.no_grad(), robust.perturbed(model.eval(), delta, layer):
             model(**pair)
-    except InputError as error:
-        raise InputError(f'{name}: {error}') from None
     except Exception as error:
-        raise InputError(f'{name}: cannot classify a pair of sentences ({first_line(error)}); '
-                         'use another encoder') from None
+        raise InputError(f'{name}: a trial with one pair of sentences failed: {first_line(error)}') from None
 
 
 def first_line(error):
@@ -293,14 +287,12 @@ def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, p
 
     `items` how many pairs, `marks` as the function, `cut` how many pairs were cut, `answers` how often each
     of the task's labels was given, `predicted` the label of each pair. `predictions`: a folder, to
-    `write_predictions` there. Of the dev files English alone has to be there. `options` go to `predict`.
+    `write_predictions` there. `options` go to `predict`.
     """
     labels = TASKS[task].labels
     order = label_order(model, task)
     found = {}
     for lang in langs:
-        if split == 'dev' and lang != 'en' and not path_of(data, task, split, lang).exists():
-            continue
         pairs = read_as(model, task, data, split, lang, max_eval)
         predicted, cut = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
         names = [labels[order.index(number)] for number in predicted.tolist()]
@@ -814,7 +806,7 @@ def method_notes(label, by_eps, plain, langs):
     for eps, records in by_eps.items():
         at = '' if eps is None else f'{eps:g} '
         devs.append(f'{at}{mean_dev(records):.1f} (n={len(records)})')
-        stuck = len(list(filter(one_answer, records)))
+        stuck = sum(map(one_answer, records))
         if stuck:
             notes.append(f'†: {row_name(label, eps)}: one answer for {100 * ONE_ANSWER:.0f}% or more of '
                          f'English items in {stuck} of {len(records)} seeds')
@@ -998,8 +990,9 @@ def find_runs(args):
 def foreign(name, task):
     """What stands for the record of a classifier of other making."""
     args = {'task': task, 'method': name, 'eps': None, 'layer': None, 'max_length': 128, 'max_eval': None}
+    marks = dict.fromkeys(TASKS[task].languages)
     return {'name': name, 'args': args, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
-            'test_marks': dict.fromkeys(TASKS[task].languages)}
+            'test_marks': marks}
 
 
 def measure(record, args):
@@ -1023,8 +1016,8 @@ def measure(record, args):
         what = f'against the radius eps, under uniform noise and under PGD of {args.steps} steps, {said}'
         found = regions(*where, radii=args.radii, steps=args.steps, **options)
         columns, notes = [f'{radius:g}' for radius in args.radii], [UPPER_BOUND]
-        for lang, row in found.items():
-            rows += [(f'{lang} {kind}', as_cells(columns, row[kind])) for kind in ('noise', 'attack')]
+        for lang, kind in itertools.product(found, ('noise', 'attack')):
+            rows.append((f'{lang} {kind}', as_cells(columns, found[lang][kind])))
     else:
         what = 'scored anew'
         if args.smooth:
@@ -1045,14 +1038,13 @@ def measure(record, args):
 
 def generalized_rows(found, langs):
     """Of `generalized`: a row for each language of the premise, and the note."""
-    marked = []
+    rows, others = [], []
     for first in langs:
-        marked.append({'test_marks': {second: found[f'{first}-{second}']['marks'] for second in langs}})
-    scores = accuracies(marked, langs)
-    others = scores[~torch.eye(len(langs), dtype=torch.bool)]
-    rows = [(first, as_cells(langs, row)) for first, row in zip(langs, scores)]
-    pairs, mean = others.isfinite().sum(), others.nanmean()
-    return rows, [f'mean of {pairs} pairs of two languages: {mean:.1f}; left out: rows whose two '
+        scores = {second: accuracy(found[f'{first}-{second}']['marks']) for second in langs}
+        rows.append((first, as_cells(langs, scores.values())))
+        others += [score for second, score in scores.items() if second != first and score is not None]
+    mean = sum(others) / max(len(others), 1)
+    return rows, [f'mean of {len(others)} pairs of two languages: {mean:.1f}; left out: rows whose two '
                   'labels differ, and those with a placeholder NS']
 
 
@@ -1069,10 +1061,8 @@ def picture(args, records):
     return draw_regions(curves, args.radii, title, 100 / len(TASKS[task].labels))
 
 
-def measure_all(args):
-    """Measure and print what the command line asks for, run by run -> tables; records, each with `found`."""
-    records = find_runs(args)
-    check_output(args, records)
+def measure_all(records, args):
+    """Measure and print what the command line asks for, run by run -> tables; what was `found` is put in."""
     tables = []
     for record in records:
         try:
@@ -1082,18 +1072,17 @@ def measure_all(args):
                              f'{args.batch}') from None
         print(render(table))
         tables.append(table)
-    return tables, records
+    return tables
 
 
 def main(args=None):
     """Print the tables of runs, or measure something else of them; write where -o says, and nowhere else."""
     args = args or parse_args()
     anew = args.task or args.langs or args.data or args.max_eval
-    if anew or args.generalized or args.smooth or args.regions:
-        tables, records = measure_all(args)
-    else:
-        check_output(args, [])
-        tables = report(read_records(args.runs))
+    anew = anew or args.generalized or args.smooth or args.regions
+    records = find_runs(args) if anew else read_records(args.runs)
+    check_output(args, records)
+    tables = measure_all(records, args) if anew else report(records)
     # Last of all: what cannot be written has been printed.
     what = named_by_output(args)
     if what == 'picture':

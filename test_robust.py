@@ -1713,7 +1713,7 @@ def test_no_pad_token_and_nothing_between_the_sentences(world, tmp_path):
                 config[key] = value
         (folder / 'tokenizer_config.json').write_text(json.dumps(config))
         return folder
-    with pytest.raises(data.InputError, match='padless: cannot classify .*does not have a padding token'):
+    with pytest.raises(data.InputError, match='padless: a trial .* failed: .*does not have a padding token'):
         evaluate.load_encoder(str(change('padless', pad_token=None)), 'sample')
     _, tokenizer = evaluate.load_encoder(str(change('ended', pad_token=None, eos_token='[SEP]')), 'sample')
     assert tokenizer.pad_token == '[SEP]'
@@ -2299,8 +2299,8 @@ def test_a_run_named_twice_is_measured_once(monkeypatch):
         return evaluate.Table([], [], [], []), {}
     monkeypatch.setattr(evaluate, 'measure', measure)
     args = evaluate.parse_args(['a/', 'b', 'a', './b', '--regions', '--task', 'sample'])
-    tables, records = evaluate.measure_all(args)
-    assert measured == ['a', './b'] and len(records) == len(tables) == 2
+    tables = evaluate.measure_all(evaluate.find_runs(args), args)
+    assert measured == ['a', './b'] and len(tables) == 2
 
 
 def test_the_picture_of_the_regions_hides_nothing(tmp_path):
