@@ -404,7 +404,7 @@ def regions(model, tokenizer, task, data, langs, *, radii, steps, **options):
         for kind, pgd in (('noise', 0), ('attack', steps)):
             row = score(model, tokenizer, task, data, [lang], eps=eps, steps=pgd, **options)[lang]
             found[lang][kind].append(accuracy(row['marks']))
-            found[lang] |= {'items': row['items'], 'cut': row['cut']}
+            found[lang] |= {'items': row['items'], 'cut': row['cut']}       # each time the same
     return found
 
 
@@ -623,8 +623,8 @@ def row_name(label, eps):
     """'adv (from the start)' at eps 0.01 -> 'adv 0.01 (from the start)'."""
     if eps is None:
         return label
-    method, *rest = label.split(' ')
-    return ' '.join([method, f'{eps:g}', *rest])
+    method, blank, rest = label.partition(' ')
+    return f'{method} {eps:g}{blank}{rest}'
 
 
 def variants(group):
@@ -971,7 +971,10 @@ def check_output(args, records):
 
 
 def find_runs(args):
-    """The records of the runs to measure, or of --task what stands for them. Raises InputError."""
+    """The records of the runs to measure; of --task what stands for them, whatever lies beside the weights.
+
+    Raises InputError for what would fail after hours of measuring others.
+    """
     # A run named twice, or once with a trailing slash, is no second seed.
     names = {os.path.abspath(name): name for name in args.runs}.values()
     if args.task:
