@@ -55,8 +55,10 @@ def choose_device(float32=False):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, name = torch.device('cpu'), f'CPU, {torch.get_num_threads()} threads, as there is no CUDA GPU'
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()       # not in older torch
         fast = capabilities.get('avx512_bf16') or capabilities.get('amx_bf16')
+        if torch.backends.mps.is_available() or torch.xpu.is_available():
+            name += " (this machine's own is not used: nothing here was tested on one)"
     dtype = torch.bfloat16 if fast and not float32 else torch.float32
     say(f'device: {name}; {short(dtype)}')
     return device, dtype
@@ -209,8 +211,8 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     tied classes that with the highest mean probability: the smoothed classifier g (3.2). Leaves the model in
     eval mode. Raises InputError for logits that are not finite.
     """
-    if not all(isinstance(pair, Pair) for pair in pairs):
-        raise InputError('predict takes a list of data.Pair(premise, hypothesis, label or None)')
+    if not pairs or not all(isinstance(pair, Pair) for pair in pairs):
+        raise InputError(f'{desc}: expected a list of data.Pair(premise, hypothesis, label or None), not empty')
     model.eval()
     features, cut = encode(tokenizer, pairs, max_length)
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
@@ -287,12 +289,14 @@ def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, p
 
     `items` how many pairs, `marks` as the function, `cut` how many pairs were cut, `answers` how often each
     of the task's labels was given, `predicted` the label of each pair. `predictions`: a folder, to
-    `write_predictions` there. `options` go to `predict`.
+    `write_predictions` there. Of the dev files English alone has to be there. `options` go to `predict`.
     """
     labels = TASKS[task].labels
     order = label_order(model, task)
     found = {}
     for lang in langs:
+        if split == 'dev' and lang != 'en' and not path_of(data, task, split, lang).exists():
+            continue
         pairs = read_as(model, task, data, split, lang, max_eval)
         predicted, cut = predict(model, tokenizer, pairs, desc=f'{split}-{lang}', **options)
         names = [labels[order.index(number)] for number in predicted.tolist()]

@@ -607,9 +607,7 @@ def train_and_score(args, beginning, inputs, title):
     options = {'max_eval': args.max_eval, 'predictions': out / 'predictions' / args.task,
                'dtype': inputs.dtype, 'max_length': max_length}
     test = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, **options)
-    # English alone has to have a dev file.
-    langs = [lang for lang in inputs.langs if f'dev-{lang}.tsv' in inputs.files]
-    dev = evaluate.score(model, tokenizer, args.task, args.data, langs, split='dev', **options)
+    dev = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, split='dev', **options)
     record['train_pairs'] = len(inputs.pairs)
     record['changed'] = synonyms.changed_share(copies) if copies else None
     for name, found in (('test', test), ('dev', dev)):
