@@ -40,10 +40,7 @@ def read_synonyms(path):
     for word, synonyms in entries.items():
         if not isinstance(synonyms, list) or not all(isinstance(one, str) and one for one in synonyms):
             raise InputError(f'{path}: {word!r} has {str(synonyms)[:60]}; expected a list of words')
-    neighbours = {word: synonyms for word, synonyms in entries.items() if synonyms}
-    if not neighbours:
-        raise InputError(f'{path}: no word in it has a neighbour; expected {form}')
-    return neighbours
+    return {word: synonyms for word, synonyms in entries.items() if synonyms}
 
 
 # ---------------------------------------------------------------- replace
@@ -147,16 +144,12 @@ class Copies(Sequence):
 
     def __init__(self, pairs, neighbours, *, m=10, p=0.1, seed=42, name='neighbours'):
         self.pairs, self.neighbours, self.m, self.p, self.seed = pairs, neighbours, m, p, seed
-        if not any(self._has_synonym(pair) for pair in pairs):
-            raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
-                             'english_only keeps: RS-A would be plain training; expected English words')
-
-    def _has_synonym(self, pair):
-        """Whether any word of the pair can be replaced."""
-        text = f'{pair.premise} {pair.hypothesis}'
-        if self.p is None:
-            return any(word in self.neighbours for word in text.split(' '))
-        return any(synonyms_of(word, self.neighbours) for word in find_words(text))
+        for pair in pairs:
+            words = find_words(f'{pair.premise}\n{pair.hypothesis}')
+            if any(synonyms_of(word, neighbours) for word in words):
+                return
+        raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
+                         'english_only keeps: RS-A would be plain training; expected English words')
 
     def __len__(self):
         return self.m * len(self.pairs)
@@ -197,31 +190,26 @@ def read_vectors(path):
             row = numpy.array(numbers, dtype=numpy.float32)
         except ValueError as error:
             raise InputError(f'{path}:{number}: {error}; expected {expected}') from None
-        if not len(row) or rows and len(row) != len(rows[0]):
-            raise InputError(f'{path}:{number}: {len(row)} numbers; expected {expected}, all of one length')
-        if not numpy.isfinite(row).all():
-            raise InputError(f'{path}:{number}: a number that is not finite; expected {expected}')
         words.append(word)
         rows.append(row)
-    if not words:
-        raise InputError(f'{path}: no vectors; expected {expected}')
+        if not len(row) or len(row) != len(rows[0]):
+            raise InputError(f'{path}:{number}: {len(row)} numbers; expected {expected}, all of one length')
     return words, numpy.stack(rows)
 
 
 def build(words, vectors, k=8, bound=0.5):
     """The k nearest words of each word within a squared Euclidean distance of `bound` -> dict, nearest first.
 
-    `vectors`: float32 (words, dimensions). Defaults: Alzantot et al. (2018), whom the paper follows.
+    `vectors`: float32 (words, dimensions); one that is not finite is nobody's neighbour. Defaults: Alzantot et
+    al. (2018), whom the paper follows.
     """
     vectors = torch.as_tensor(vectors)
-    squared = vectors.square().sum(1)
     neighbours = {}
     for start in progress(range(0, len(words), 512), desc='nearest words', unit='block'):
-        block = slice(start, start + 512)
-        distances = squared[block, None] + squared - 2 * vectors[block] @ vectors.T     # |a|^2 + |b|^2 - 2ab
+        distances = torch.cdist(vectors[start:start + 512], vectors).square()
         distances.diagonal(start).fill_(torch.inf)      # no word is its own neighbour
         nearest, columns = distances.topk(min(k, len(words)), largest=False)
-        for word, near, row in zip(words[block], nearest.tolist(), columns.tolist()):
+        for word, near, row in zip(words[start:], nearest.tolist(), columns.tolist()):
             neighbours[word] = [words[j] for j, distance in zip(row, near) if distance <= bound]
     return neighbours
 
@@ -259,8 +247,6 @@ def main():
         show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
         return
     words, vectors = read_vectors(args.file)
-    threads = torch.get_num_threads()
-    print(f'device: CPU, {threads} threads, on which it takes a minute or two', file=sys.stderr)
     neighbours = build(words, vectors, args.k, args.bound)
     with_any = sum(map(bool, neighbours.values()))
     print(f'{args.output}: {len(neighbours):,} words, {with_any:,} with neighbours', file=sys.stderr)
