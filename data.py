@@ -15,7 +15,6 @@ import csv
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -64,15 +63,15 @@ def run_script(main):
         sys.exit(130)
 
 
-def in_range(kind, low, below=math.inf, said=None):
-    """An argparse type: an int or a float, low <= value < below; `said` of it in words."""
+def in_range(kind, low, high=None):
+    """An argparse type: an int or a finite float, low <= value, and value <= high if that is given."""
     def parse(text):
         """The value, or the ValueError or ArgumentTypeError that argparse turns into its one line."""
         value = kind(text)
-        if low <= value < below:
+        if low <= value <= (high or sys.float_info.max):
             return value
-        limit = '' if below == math.inf else f' and below {below:g}'
-        raise argparse.ArgumentTypeError(f'{text}: expected ' + (said or f'{low} or above{limit}'))
+        limit = f'to {high}' if high else 'or above'
+        raise argparse.ArgumentTypeError(f'{text}: expected {low} {limit}')
     parse.__name__ = kind.__name__      # argparse names it where kind(text) fails
     return parse
 
@@ -101,8 +100,7 @@ def progress(iterable=None, **options):
 
 def digest(path):
     """The first 16 hex digits of a file's SHA-256: they tell whether two runs read the same."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -235,10 +233,9 @@ def _unquote(cell):
 
     A CSV reader would do it too, but a raw file is not CSV: one lone quote and it swallows lines.
     """
-    inner = cell[1:-1]
-    wrapped = len(cell) > 2 and cell[0] == cell[-1] == '"' and '"' in inner
-    if wrapped and '"' not in inner.replace('""', ''):
-        return inner.replace('""', '"')
+    wrapped = re.fullmatch('"((?:[^"]|"")*)"', cell)
+    if wrapped and '"' in wrapped[1]:
+        return wrapped[1].replace('""', '"')
     return cell
 
 
@@ -256,7 +253,7 @@ def describe(path, pairs):
     line = f'{path}: {len(pairs):,} pairs'
     if pairs[0].label is None:
         line += '; no labels: cannot be scored'
-    placeholders = sum('NS' in (pair.premise, pair.hypothesis) for pair in pairs)
+    placeholders = sum('NS' in pair for pair in pairs)
     if placeholders:
         line += f'; {placeholders} rows with a placeholder NS, kept'
     return line
@@ -367,11 +364,13 @@ def _missing(folder, task, complete, langs=None):
     names += [f'test-{lang}.tsv' for lang in langs or languages]
     if task == 'sample':
         names += ['synonyms.json', 'model']
-    missing = [name for name in names if not (folder / name).exists()]
-    if complete:
-        for path in folder.glob('test-*.tsv'):
-            if path.name in names and read_pairs(path, task)[0].label is None:
-                missing.append(path.name)
+    missing = []
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            missing.append(name)
+        elif complete and name.startswith('test-') and read_pairs(path, task)[0].label is None:
+            missing.append(name)
     return missing
 
 
@@ -454,7 +453,6 @@ def fetch_neighbours(path):
 
 def _download(url, path, by_hand, sha256=None):
     """Fetch url into path, with a progress bar on a terminal. Raises InputError if it cannot be had."""
-    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
@@ -462,7 +460,7 @@ def _download(url, path, by_hand, sha256=None):
         reason = getattr(error, 'reason', error)
         raise InputError(f'{url}: cannot be fetched ({reason}). Fetch it by hand and {by_hand}') from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(None)
 
 
 # ---------------------------------------------------------------- the sample world

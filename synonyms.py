@@ -200,8 +200,8 @@ def read_vectors(path):
 def build(words, vectors, k=8, bound=0.5):
     """The k nearest words of each word within a squared Euclidean distance of `bound` -> dict, nearest first.
 
-    `vectors`: float32 (words, dimensions); one that is not finite is nobody's neighbour. Defaults: Alzantot et
-    al. (2018), whom the paper follows.
+    `vectors`: float32 (words, dimensions); one that is not finite is no neighbour. Defaults: Alzantot et al.
+    (2018), whom the paper follows.
     """
     vectors = torch.as_tensor(vectors)
     neighbours = {}
@@ -238,7 +238,7 @@ def main():
         help='-o: neighbours of a word, at most (default: %(default)s)')
     add('--bound', type=in_range(float, 0), default=0.5,
         help='-o: squared Euclidean distance, at most (default: %(default)s)')
-    add('--p', type=in_range(float, 0, 1 + 1e-9, said='0 to 1'), default=0.1,
+    add('--p', type=in_range(float, 0, 1), default=0.1,
         help='--show: probability that a word is replaced (default: %(default)s)')
     add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
     add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')

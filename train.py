@@ -17,6 +17,7 @@ import copy
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -61,11 +62,9 @@ DEFAULTS = {
 }
 EPOCHS_RS_A = (3, 1, 0.4)               # authors: over the augmented data; the sample's is ours
 EPS = {'adv': [0.001], 'rs_r': [0.1]}               # ours; the paper searches 0.001, 0.01, 0.1 and 1.0
-# The arguments that decide a run (the files do too: refuse_other). What its method does not use is null.
-DECIDE = ('task', 'method', 'seed', 'eps', 'layer', 'adv_steps', 'plain_steps', 'm', 'p', 'replace',
-          'english_only', 'epochs', 'lr', 'warmup', 'batch', 'max_length', 'eval_steps', 'max_steps',
-          'max_train', 'max_eval', 'freeze_embeddings')
+# All arguments but these decide a run (the files do too: refuse_other).
 PATHS = ('model', 'data', 'synonyms', 'out')
+ASIDE = ('langs', 'float32', 'dry_run')     # the record tells the languages and the dtype that came of it
 
 POOL = 64               # batches that are sorted by length together (ours)
 LOOK = 100              # steps between two looks at the loss: each waits for the GPU (ours)
@@ -81,14 +80,11 @@ def parse_args(words=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n')[0],
         usage='%(prog)s --task TASK --method METHOD [METHOD ...] [options]      (all of them: --help)')
-    whole, count = in_range(int, 0), in_range(int, 1)
-    positive = in_range(float, sys.float_info.min, said='more than 0')
+    whole, count, positive = in_range(int, 0), in_range(int, 1), in_range(float, 1e-9)
 
-    def by_task(add, name, text, **options):
-        """A flag whose default depends on the task; None where it is not given."""
+    def by_task(name, text, **options):
+        """Add a flag whose default depends on the task; None where it is not given."""
         defaults = ', '.join(f'{task} {value}' for task, value in zip(TASKS, DEFAULTS[name]))
-        if name == 'epochs':
-            defaults += '; rs_a, over its copies: {}, {}, {}'.format(*EPOCHS_RS_A)
         add('--' + name.replace('_', '-'), help=f'{text} (default: {defaults})', **options)
 
     add = parser.add_argument_group('what to run').add_argument
@@ -98,7 +94,7 @@ def parse_args(words=None):
         '(3.2); one run for each method, eps and seed')
     add('--eps', type=in_range(float, 0), nargs='+',
         help='adv, rs_r: radius of the L-inf ball (default: adv 0.001, rs_r 0.1; paper: 0.001 0.01 0.1 1.0)')
-    add('--seed', type=in_range(int, 0, 2 ** 63, said='0 to 2^63 - 1'), nargs='+', default=[42],
+    add('--seed', type=in_range(int, 0, 2 ** 63 - 1), nargs='+', default=[42],
         help='of every random draw (default: 42)')
     add('--model', help=f'any Hugging Face encoder, a name or a folder (default: {evaluate.MBERT}; '
         'sample: its own)')
@@ -109,9 +105,9 @@ def parse_args(words=None):
         help='adv, rs_r: where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last (default: 0); '
         'with any but 0 all runs of the command are float32')
     add('--adv-steps', type=count, default=1, help='adv: sign steps of the inner maximisation (default: 1)')
-    by_task(add, 'plain_steps', 'adv: begin with N steps of plain training', type=whole, metavar='N')
+    by_task('plain_steps', 'adv: begin with N steps of plain training', type=whole, metavar='N')
     add('--m', type=count, default=10, help='rs_a: augmented copies of each pair (default: 10, the paper\'s)')
-    add('--p', type=in_range(float, 0, 1 + 1e-9, said='0 to 1'), default=0.1,
+    add('--p', type=in_range(float, 0, 1), default=0.1,
         help='rs_a: probability that a word is replaced (default: 0.1, the paper\'s)')
     add('--replace', choices=('paper', 'authors'), default='paper',
         help='rs_a: each word with probability p; or every word, uniform over itself and its synonyms '
@@ -121,16 +117,17 @@ def parse_args(words=None):
     add('--synonyms', metavar='FILE', help='rs_a: neighbour file (default: the authors\', fetched into DATA)')
 
     add = parser.add_argument_group('training').add_argument
-    by_task(add, 'epochs', 'passes over the training set', type=positive)
-    by_task(add, 'lr', 'peak learning rate, linear decay to 0', type=positive)
-    by_task(add, 'warmup', 'share of the steps in which the learning rate rises', type=in_range(float, 0, 1))
-    by_task(add, 'batch', 'pairs a step, over all GPUs', type=count)
+    by_task('epochs', f'passes over the training set; of rs_a over its copies, by default {EPOCHS_RS_A}',
+            type=positive)
+    by_task('lr', 'peak learning rate, linear decay to 0', type=positive)
+    by_task('warmup', 'share of the steps in which the learning rate rises', type=in_range(float, 0, 1))
+    by_task('batch', 'pairs a step, over all GPUs', type=count)
     add('--max-length', type=in_range(int, 8), default=128, help='tokens a pair, at most (default: 128)')
-    by_task(add, 'eval_steps', 'English dev accuracy every N steps', type=count, metavar='N')
+    by_task('eval_steps', 'English dev accuracy every N steps', type=count, metavar='N')
     add('--max-steps', type=count, metavar='N', help='stop after N steps, the schedule shortened to them')
-    by_task(add, 'freeze_embeddings', 'keep the word embeddings as pre-trained',
+    by_task('freeze_embeddings', 'keep the word embeddings as pre-trained',
             action=argparse.BooleanOptionalAction)
-    by_task(add, 'float32', 'no bfloat16, whatever the hardware', action=argparse.BooleanOptionalAction)
+    by_task('float32', 'no bfloat16, whatever the hardware', action=argparse.BooleanOptionalAction)
 
     add = parser.add_argument_group('data and output').add_argument
     add('--data', default='download', help='folder in XTREME\'s layout (default: download)')
@@ -145,21 +142,16 @@ def parse_args(words=None):
 
 def runs_of(args):
     """One set of arguments for each run that the command line asks for."""
-    runs = []
-    for method in dict.fromkeys(args.method):
-        sizes = dict.fromkeys(args.eps or EPS[method]) if method in EPS else [None]
-        for eps in sizes:
-            for seed in dict.fromkeys(args.seed):
-                runs.append(run_of(args, method, eps, seed))
-    for run in runs:
+    runs = {}       # by name: what is asked for twice, such as plain for two eps, is one run
+    for method in args.method:
+        for eps in args.eps or EPS.get(method, [None]):
+            for seed in args.seed:
+                run = run_of(args, method, eps, seed)
+                runs[name_of(run)] = run
+    for name, run in runs.items():
         if not args.out or len(runs) > 1:
-            size = '' if run.eps is None else f'-{run.eps:g}'
-            run.out = f'{args.out or "runs"}/{run.task}-{run.method}{size}-seed{run.seed}'
-    folders = [run.out for run in runs]
-    for out in folders:
-        if folders.count(out) > 1:
-            raise InputError(f'{out}: the folder of two runs; expected --eps that differ in six digits')
-    return runs
+            run.out = f'{args.out or "runs"}/{args.task}-{name}'
+    return list(runs.values())
 
 
 def run_of(args, method, eps, seed):
@@ -186,35 +178,31 @@ def run_of(args, method, eps, seed):
     return run
 
 
-def note_unused(args):
-    """Say which flags of a method were given without effect, as no method of the command takes them."""
-    taken, every = set(), {'synonyms'}
-    for method, names in robust.METHODS.items():
-        every.update(names)
-        if method in args.method:
-            taken.update(names)
-    if 'rs_a' in args.method:
-        taken.add('synonyms')
-    if args.replace == 'authors':
-        taken.discard('p')
+def note_unused(args, runs):
+    """Say which flags were given without effect: those that no run has a use for."""
     defaults = parse_args(['--task', args.task, '--method', *args.method])
-    for name in sorted(every - taken):
-        if getattr(args, name) != getattr(defaults, name):
+    for name, value in vars(args).items():
+        given = value != getattr(defaults, name)
+        if given and all(getattr(run, name) is None for run in runs):
             evaluate.say(f'--{name.replace("_", "-")}: without effect on {" ".join(args.method)}')
 
 
-def name_of(args):
-    """A run in words, such as 'rs_r 0.1 seed 42'."""
-    size = '' if args.eps is None else f' {args.eps:g}'
-    return f'{args.method}{size} seed {args.seed}'
+def name_of(run):
+    """What tells a run from the others of its task, such as 'rs_r-0.1-seed42'."""
+    size = '' if run.eps is None else f'-{run.eps:g}'
+    return f'{run.method}{size}-seed{run.seed}'
 
 
 # ---------------------------------------------------------------- batches
 
+def rows_of(args, pairs):
+    """The number of rows that training takes: epochs x pairs x RS-A's copies, rounded up."""
+    return math.ceil(Fraction(str(args.epochs)) * pairs * (args.m or 1))
+
+
 def steps_of(args, pairs):
-    """The number of steps: epochs x rows / batch, rounded up once, or max_steps if that is less."""
-    rows = pairs * (args.m or 1)
-    steps = math.ceil(Fraction(str(args.epochs)) * rows / args.batch)
+    """The number of steps, the last of them perhaps with fewer rows; or max_steps if that is less."""
+    steps = math.ceil(rows_of(args, pairs) / args.batch)
     return min(steps, args.max_steps or steps)
 
 
@@ -228,33 +216,29 @@ def plan(pairs, tokenizer, args):
     steps = steps_of(args, len(pairs))
     rows = len(pairs) * (args.m or 1)
     pool_rows = POOL * args.batch
-    wanted = math.ceil(Fraction(str(args.epochs)) * rows)
-    wanted = min(wanted, math.ceil(steps / POOL) * pool_rows)       # only the pools of the steps that run
+    wanted = min(rows_of(args, len(pairs)), math.ceil(steps / POOL) * pool_rows)    # no pool that never runs
     generator = torch.Generator().manual_seed(args.seed)
-    order = []
-    while len(order) < wanted:
-        order += torch.randperm(rows, generator=generator).tolist()
-    order = order[:wanted]
+    epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
+    order = torch.cat(epochs)[:wanted]
 
     # row = copy * len(pairs) + pair, as in synonyms.Copies.
-    tokens = count_tokens(pairs, tokenizer, sorted({row % len(pairs) for row in order}))
+    tokens = count_tokens(pairs, tokenizer, (order % len(pairs)).unique().tolist())
     batches = []
-    for start in range(0, wanted, pool_rows):
-        pool = sorted(order[start:start + pool_rows], key=lambda row: tokens[row % len(pairs)])
-        pool = [pool[at:at + args.batch] for at in range(0, len(pool), args.batch)]
-        for i in torch.randperm(len(pool), generator=generator).tolist():
-            batches.append(pool[i])
+    for pool in order.split(pool_rows):
+        by_length = pool[tokens[pool % len(pairs)].argsort(stable=True)]
+        of_a_pool = by_length.split(args.batch)
+        for i in torch.randperm(len(of_a_pool), generator=generator).tolist():
+            batches.append(of_a_pool[i].tolist())
     return batches[:steps]
 
 
 def count_tokens(pairs, tokenizer, rows):
-    """How many tokens the pairs of these rows have -> {row: tokens}."""
-    tokens = {}
+    """How many tokens the pairs of these rows have: int64 (pairs,), 0 for the others."""
+    tokens = torch.zeros(len(pairs), dtype=torch.long)
     for start in progress(range(0, len(rows), 5000), desc='counting tokens', unit='block'):
         block = rows[start:start + 5000]
         features, _ = evaluate.encode(tokenizer, [pairs[row] for row in block], None)
-        for row, feature in zip(block, features):
-            tokens[row] = len(feature['input_ids'])
+        tokens[block] = torch.tensor([len(feature['input_ids']) for feature in features])
     return tokens
 
 
@@ -310,10 +294,10 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
         objective = torch.nn.parallel.DistributedDataParallel(objective)
     dropout = CheapDropout.fitting(model)
     losses = []
-    bar = progress(desc=title, unit='pair', total=count(batches), initial=count(batches[:at]))
+    bar = progress(loader, desc=title, unit='step', total=steps, initial=at)
     started = time.perf_counter()
 
-    for step, batch in enumerate(loader, at + 1):
+    for step, batch in enumerate(bar, at + 1):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, args)
         batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
@@ -324,12 +308,11 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.update(len(batches[step - 1]))
 
         losses.append(loss.detach())
         due = step % args.eval_steps == 0 or step == steps
         if due or step % LOOK == 0:
-            check_losses(losses, step, batches, len(pairs), state, args)
+            check_losses(losses, batches[:step], len(pairs))
             best = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
             bar.set_postfix_str(f'loss {losses[-1]:.3f}{best}', refresh=False)
             losses.clear()
@@ -352,14 +335,9 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
                 state['saved_at'] = state['seconds']
                 save_state(model, optimizer, state, args)
         started = time.perf_counter()
-    bar.close()
+    rate = sum(map(len, batches)) / state['seconds']
     return {'dev': state['best_dev'], 'step': state['best_step'], 'steps': steps, 'history': state['history'],
-            'pairs_per_second': count(batches) / state['seconds']}
-
-
-def count(batches):
-    """How many rows some batches have."""
-    return sum(len(batch) for batch in batches)
+            'pairs_per_second': rate}
 
 
 def loader_of(rows, batches, tokenizer, max_length, device):
@@ -379,22 +357,17 @@ def dev_accuracy(model, tokenizer, dev, dtype, max_length):
 
 
 def adamw(model, args):
-    """AdamW over what is trained, eps 1e-8, no weight decay (XTREME, authors)."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
+    """AdamW, eps 1e-8, no weight decay (XTREME, authors). What is frozen has no gradient and is skipped."""
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def check_losses(losses, step, batches, pairs, state, args):
-    """Raise InputError if one of the last losses, up to that of `step`, is not finite; pairs: how many."""
-    for number, loss in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
-        if math.isfinite(loss):
-            continue
-        lines = ' '.join(str(row % pairs + 1) for row in batches[number - 1])
-        kept = 'there is no checkpoint yet'
-        if state['best_step']:
-            kept = f'the best checkpoint so far, of step {state["best_step"]}, stays in {args.out}'
-        raise InputError(f'step {number}: the loss is {loss}; try a smaller --lr or --eps, or --float32. '
-                         f'Its batch: lines {lines} of train-en.tsv; {kept}')
+def check_losses(losses, batches, pairs):
+    """Raise InputError if a loss is not finite: `losses` of the last of the batches; pairs: how many."""
+    for number, loss in enumerate(torch.stack(losses).tolist(), len(batches) - len(losses)):
+        if not math.isfinite(loss):
+            lines = ' '.join(str(row % pairs + 1) for row in batches[number])
+            raise InputError(f'step {number + 1}: the loss is {loss}; try a smaller --lr or --eps, or '
+                             f'--float32. Its batch: lines {lines} of train-en.tsv')
 
 
 def rank_and_world():
@@ -418,10 +391,10 @@ def save_checkpoint(model, tokenizer, out):
 
 
 def save_state(model, optimizer, state, args):
-    """Write state.pt: how far the run is, its trained weights, AdamW's moments."""
-    weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    """Write state.pt: how far the run is, its weights, AdamW's moments."""
+    whole = {**state, 'weights': model.state_dict(), 'optimizer': optimizer.state_dict()}
     with replacing(Path(args.out) / 'state.pt') as part:
-        torch.save({**state, 'weights': weights, 'optimizer': optimizer.state_dict()}, part)
+        torch.save(whole, part)
 
 
 def load_state(model, optimizer, args):
@@ -431,10 +404,7 @@ def load_state(model, optimizer, args):
         return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0, 'saved_at': 0.0}
     try:
         state = torch.load(path, map_location=model.device, weights_only=True)
-        weights = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in state.pop('weights').items():
-                weights[name].copy_(weight)
+        model.load_state_dict(state.pop('weights'))
         optimizer.load_state_dict(state.pop('optimizer'))
     except Exception as error:      # whatever a file that is none makes torch raise
         raise InputError(f'{path}: not a state that train.py wrote ({evaluate.first_line(error)}); '
@@ -443,30 +413,32 @@ def load_state(model, optimizer, args):
     return state
 
 
-def beginning_of(args, files, dtype):
+def beginning_of(run, inputs):
     """What is known of a run before it begins: the first part of its record, and all of args.json."""
+    args = {name: value for name, value in vars(run).items() if name not in PATHS + ASIDE}
+    paths = {name: getattr(run, name) for name in PATHS}
+    files = inputs.files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
+    about = {'args': args, 'paths': paths, 'files': files, 'dtype': str(inputs.dtype)}
+    about['processes'] = rank_and_world()[1]
+
+    versions = {'python': platform.python_version()}
+    for package in (torch, transformers, tokenizers):
+        versions[package.__name__] = package.__version__
     source = hashlib.sha256()
     for name in SOURCE:
         source.update(Path(__file__).with_name(name).read_bytes())
     device = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    versions = {'python': platform.python_version()}
-    for package in (torch, transformers, tokenizers):
-        versions[package.__name__] = package.__version__
-    beginning = {'args': {name: getattr(args, name) for name in DECIDE}}
-    beginning['paths'] = {name: getattr(args, name) for name in PATHS}
-    beginning |= {'files': files, 'dtype': str(dtype), 'processes': rank_and_world()[1]}
-    return beginning | {'versions': versions, 'source': source.hexdigest()[:16], 'device': device}
+    return about | {'versions': versions, 'source': source.hexdigest()[:16], 'device': device}
 
 
 def status_of(out, beginning):
     """'finished', 'to be resumed' or 'new'. InputError for another run's result or state, or other files."""
     folder = Path(out)
-    another = 'name another folder with --out'
     if (folder / 'results.json').exists():
         held = evaluate.read_records([out])[0]
-        refuse_other(out, held, beginning, ())
+        refuse_other(out, held, beginning)
         if held['dtype'] != beginning['dtype']:
             evaluate.say(f'{out}: finished in {held["dtype"]}, not {beginning["dtype"]}')
         more = [name for name in beginning['files'] if name.startswith('test-') and name not in held['files']]
@@ -475,29 +447,45 @@ def status_of(out, beginning):
             evaluate.say(f'{out}: finished without {", ".join(more)}, which {command} scores')
         return 'finished'
     if (folder / 'state.pt').exists():
-        try:
-            held = json.loads((folder / 'args.json').read_text(encoding='utf-8'))
-            refuse_other(out, held, beginning, ('dtype', 'processes'))
-        except (OSError, ValueError, LookupError, TypeError):
-            raise InputError(f'{folder / "args.json"}: not what train.py wrote; {another}') from None
+        held = json.loads((folder / 'args.json').read_text())
+        refuse_other(out, held, beginning, 'dtype', 'processes')
         for name in evaluate.MADE_BY:
-            if held.get(name) != beginning[name]:
-                evaluate.say(f'{out}: began with other {name}: {held.get(name)}, now {beginning[name]}')
+            if held[name] != beginning[name]:
+                evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
         return 'to be resumed'
     ours = (folder / 'args.json').exists()      # of a run that was stopped before its first state
-    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f'{out}: holds something else than a run of train.py; {another}')
+    if folder.exists() and not ours and any(folder.iterdir()):
+        raise InputError(f'{out}: holds something else than a run; name another folder with --out')
     return 'new'
 
 
-def refuse_other(out, held, beginning, more):
+def refuse_other(out, held, beginning, *more):
     """Raise InputError where two runs differ in what decides them: arguments, files both read, `more`."""
-    both = [(name, held['args'].get(name), beginning['args'][name]) for name in DECIDE]
-    both += [(name, held['files'].get(name, value), value) for name, value in beginning['files'].items()]
-    both += [(name, held.get(name), beginning[name]) for name in more]
-    differ = [f'{name} {theirs}, not {ours}' for name, theirs, ours in both if theirs != ours]
+    theirs = held | held['args'] | held['files']
+    ours = beginning | beginning['args'] | beginning['files']
+    differ = []
+    for name in [*beginning['args'], *beginning['files'], *more]:
+        if theirs.get(name, ours[name]) != ours[name]:
+            differ.append(f'{name} {theirs[name]}, not {ours[name]}')
     if differ:
         raise InputError(f'{out}: holds another run ({"; ".join(differ)}); name another folder with --out')
+
+
+def begin(folder, beginning):
+    """Make the run folder -> the first part of the record, of a stopped run as it was begun."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / 'state.pt').exists():
+        write_json(folder / 'args.json', beginning)
+        return beginning
+    resumed_with = {name: beginning[name] for name in evaluate.MADE_BY}
+    now = {'paths': beginning['paths'], 'files': beginning['files'], 'resumed_with': resumed_with}
+    return json.loads((folder / 'args.json').read_text()) | now
+
+
+def write_json(path, content):
+    """Write one line of JSON, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, allow_nan=False) + '\n')
 
 
 def peak_memory(device):
@@ -527,112 +515,93 @@ def read_inputs(args, runs, device, dtype):
     """Everything that the runs will read, looked at before the first of them begins. Raises InputError."""
     prepare(args.data, args.task, langs=args.langs)
     langs = languages_of(args.data, args.task, args.langs)
-    files = {}
-    both = []
+    found, files = {}, {}
+    for split, lang in [('train', 'en'), ('dev', 'en'), *itertools.product(('test', 'dev'), langs)]:
+        path = path_of(args.data, args.task, split, lang)
+        if split != 'dev' or path.exists():
+            found[split, lang] = read_pairs(path, args.task)
+            files[path.name] = digest(path)
     for split in ('train', 'dev'):
-        path = path_of(args.data, args.task, split, 'en')
-        both.append(read_labelled(path, args.task))
-        files[path.name] = digest(path)
-    for lang in langs:
-        for split in ('test', 'dev'):
-            path = path_of(args.data, args.task, split, lang)
-            if split == 'test' or path.exists():
-                read_pairs(path, args.task)
-                files[path.name] = digest(path)
-    pairs, dev = both[0][:args.max_train], both[1][:args.max_eval]
-    layer = args.layer if any(run.layer for run in runs) else 0
-    model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=layer)
+        path, pairs = path_of(args.data, args.task, split, 'en'), found[split, 'en']
+        if pairs[0].label is None:
+            raise InputError(f'{path}: no labels; training needs them')
+        evaluate.say(describe(path, pairs))
+    pairs, dev = found['train', 'en'][:args.max_train], found['dev', 'en'][:args.max_eval]
+
+    model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=args.layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
     drops = {name: value for name, value in model.config.to_dict().items() if 'drop' in name}
     files['dropout'] = json.dumps(drops, sort_keys=True)        # no part of the weights, but of the training
     copies = {}
     for run in runs:
         steps = steps_of(run, len(pairs))
-        if run.method == 'rs_a':
-            copies[run.out] = copies_of(run, pairs, fetch=not args.synonyms and args.task != 'sample')
         if run.method == 'adv' and run.plain_steps >= steps:
             raise InputError(f'--plain-steps {run.plain_steps}: the run has {steps} steps, so that adv would '
                              f'never begin; expected --plain-steps below {steps}')
+        if run.method == 'rs_a':
+            if not args.synonyms:
+                fetch_neighbours(run.synonyms)      # the sample world has its own by now
+            copies[run.out] = copies_of(run, pairs)
     return Inputs(pairs, dev, langs, files, copies, device, dtype)
 
 
-def read_labelled(path, task):
-    """The pairs of a file that training needs labels of."""
-    pairs = read_pairs(path, task)
-    if pairs[0].label is None:
-        raise InputError(f'{path}: no labels; training needs them')
-    evaluate.say(describe(path, pairs))
-    return pairs
-
-
-def copies_of(run, pairs, fetch):
-    """RS-A's training set, m copies of the pairs. `fetch` the authors' neighbour file if it is not there."""
-    if fetch:
-        fetch_neighbours(run.synonyms)
+def copies_of(run, pairs):
+    """RS-A's training set, m copies of the pairs."""
     neighbours = synonyms.read_synonyms(run.synonyms)
     if run.english_only:
         neighbours = synonyms.english_only(neighbours, pairs)
     return synonyms.Copies(pairs, neighbours, m=run.m, p=run.p, seed=run.seed, name=run.synonyms)
 
 
-def train_and_score(args, beginning, inputs, title):
+def train_and_score(run, beginning, inputs, title):
     """One run, from its beginning to results.json."""
     began = time.perf_counter()
-    out, copies = Path(args.out), inputs.copies.get(args.out)
-    torch.manual_seed(args.seed)
+    out, copies = Path(run.out), inputs.copies.get(run.out)
+    first = rank_and_world()[0] == 0
+    torch.manual_seed(run.seed)
     if inputs.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     peak_before = peak_memory(inputs.device)
-    model, tokenizer = evaluate.load_encoder(args.model, args.task, args.freeze_embeddings, args.layer or 0)
-    if rank_and_world()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob('*.part*'):        # by a process that was killed as it wrote
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        if (out / 'state.pt').exists():         # what began the run stays, what goes on with it is added
-            began_with = json.loads((out / 'args.json').read_text(encoding='utf-8'))
-            more = {'resumed_with': {name: beginning[name] for name in evaluate.MADE_BY}}
-            more['paths'] = beginning['paths']
-            more['files'] = began_with['files'] | beginning['files']
-            beginning = began_with | more
-        else:
-            write_json(out / 'args.json', beginning)
+    model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
     model.to(inputs.device)
-    record = beginning | train(model, tokenizer, inputs.pairs, inputs.dev, args, copies, inputs.dtype, title)
-    if rank_and_world()[0] > 0:
+    if first:
+        beginning = begin(out, beginning)
+    trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, title)
+    if not first:
         return
 
-    model, tokenizer = evaluate.load(args.out)
-    model.to(inputs.device)
-    max_length = evaluate.longest(model, tokenizer, args.max_length)
-    options = {'max_eval': args.max_eval, 'predictions': out / 'predictions' / args.task,
-               'dtype': inputs.dtype, 'max_length': max_length}
-    test = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, **options)
-    dev = evaluate.score(model, tokenizer, args.task, args.data, inputs.langs, split='dev', **options)
+    record = beginning | trained | scores_of(run, inputs)
     record['train_pairs'] = len(inputs.pairs)
     record['changed'] = synonyms.changed_share(copies) if copies else None
-    for name, found in (('test', test), ('dev', dev)):
-        record[f'{name}_marks'] = {lang: row['marks'] for lang, row in found.items()}
-    record['test'] = {lang: evaluate.accuracy(row['marks']) for lang, row in test.items()}
-    record['dev_all'] = {lang: evaluate.accuracy(row['marks']) for lang, row in dev.items()}
-    record['answers'] = {lang: row['answers'] for lang, row in test.items()}
-    record['cut'] = {lang: row['cut'] for lang, row in test.items()}
-    record['longest'] = max_length
-    for note in evaluate.cut_note(record['cut'], max_length):
-        evaluate.say(note)
     peak = peak_memory(inputs.device)
     record['peak_memory_gib'] = peak if peak != peak_before else None       # None: an earlier run set it
     record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
-    scores = [score for score in record['test'].values() if score is not None]
-    average = f'test average {sum(scores) / len(scores):.1f}, ' if scores else ''
-    evaluate.say(f'{title}: {average}English dev {record["dev"]:.1f}; saved in {out}')
+    average = evaluate.accuracies([record], inputs.langs).nanmean()
+    evaluate.say(f'{title}: test average {average:.1f}, English dev {record["dev"]:.1f}; saved in {out}')
 
 
-def write_json(path, content):
-    """Write one line of JSON, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, allow_nan=False) + '\n', encoding='utf-8')
+def scores_of(run, inputs):
+    """Score the checkpoint in every language, its predictions written -> that part of the record."""
+    model, tokenizer = evaluate.load(run.out)
+    model.to(inputs.device)
+    max_length = evaluate.longest(model, tokenizer, run.max_length)
+    options = {'max_eval': run.max_eval, 'predictions': Path(run.out) / 'predictions' / run.task,
+               'dtype': inputs.dtype, 'max_length': max_length}
+    score = functools.partial(evaluate.score, model, tokenizer, run.task, run.data, inputs.langs, **options)
+    test, dev = score(split='test'), score(split='dev')
+    for note in evaluate.cut_note(column(test, 'cut'), max_length):
+        evaluate.say(note)
+    record = {'test_marks': column(test, 'marks'), 'dev_marks': column(dev, 'marks')}
+    for name, marked in (('test', record['test_marks']), ('dev_all', record['dev_marks'])):
+        record[name] = {lang: evaluate.accuracy(marks) for lang, marks in marked.items()}
+    return record | {'answers': column(test, 'answers'), 'cut': column(test, 'cut'), 'longest': max_length}
+
+
+def column(found, name):
+    """One of the things that `evaluate.score` found -> {language: that}."""
+    return {lang: row[name] for lang, row in found.items()}
 
 
 def start_processes():
@@ -651,28 +620,25 @@ def main():
     """Train the runs that are not finished, one after another, and print the tables of all."""
     args = parse_args()
     runs = runs_of(args)
-    note_unused(args)
+    note_unused(args, runs)
     start_processes()
     # Above layer 0 no LayerNorm comes first: the noise would be rounded to bfloat16 as it enters a product.
-    float32 = runs[0].float32 or any(run.layer for run in runs)
+    float32 = runs[0].float32 or args.layer != 0
     inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
-    beginnings, states = {}, {}
+    unfinished = []
     for run in runs:
-        files = inputs.files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
-        beginnings[run.out] = beginning_of(run, files, inputs.dtype)
-        states[run.out] = status_of(run.out, beginnings[run.out])
-        evaluate.say(f'{run.out}: {states[run.out]}')
+        beginning = beginning_of(run, inputs)
+        status = status_of(run.out, beginning)
+        evaluate.say(f'{run.out}: {status}')
+        if status != 'finished':
+            unfinished.append((run, beginning))
     if args.dry_run:
         return
     again = 'the same command goes on from its last saved state'
-    for number, run in enumerate(runs, 1):
-        if states[run.out] == 'finished':
-            continue
-        title = name_of(run)
-        if len(runs) > 1:
-            title = f'run {number} of {len(runs)}: {title}'
+    for number, (run, beginning) in enumerate(unfinished, 1):
+        title = f'run {number} of {len(unfinished)}: {name_of(run)}'
         try:
-            train_and_score(run, beginnings[run.out], inputs, title)
+            train_and_score(run, beginning, inputs, title)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
         except torch.OutOfMemoryError as error:
