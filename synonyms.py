@@ -173,7 +173,7 @@ def changed_share(copies, sample=1000):
             old, new = split_words(old), split_words(new)
             words += len(old)
             changed += sum(a != b for a, b in zip(old, new))
-    return changed / max(words, 1)
+    return changed / words
 
 
 # ---------------------------------------------------------------- build from vectors
@@ -227,8 +227,8 @@ def show(sentence, neighbours, p, m, seed):
 
 def main():
     """Build a neighbour file, or look at what one does to a sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
-                                     epilog='See the top of synonyms.py for the format.')
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('file', help='word vectors in text form (with -o), or a neighbour file (with --show)')
     what = parser.add_mutually_exclusive_group(required=True)

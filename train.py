@@ -4,10 +4,10 @@
     python train.py --task sample --method rs_r --eps 0.1       the same without any download
     python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
-A run folder holds, in the order in which it is written: args.json, how the run began; a Hugging Face
-checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on, gone at the end;
-predictions/; and results.json, one line, never changed after: with it the run is finished. The same command
-given again skips what is finished and goes on with what was stopped. Several GPUs:
+A run folder holds, in the order in which it is written: args.json, how the run began and with what it was
+resumed; a Hugging Face checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to
+go on, gone at the end; predictions/; and results.json, one line, never changed after: with it the run is
+finished. The same command given again skips what is finished and goes on with what was stopped. Several GPUs:
 torchrun --nproc_per_node N train.py ...
 """
 
@@ -25,7 +25,6 @@ import platform
 import shutil
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +69,7 @@ POOL = 64               # batches that are sorted by length together (ours)
 LOOK = 100              # steps between two looks at the loss: each waits for the GPU (ours)
 # A dev evaluation saves the state if it is the best, the last, or this long after the state before (ours).
 STATE_SECONDS = 300
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))      # as torchrun says
 SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'distance.py')
 
 
@@ -78,9 +78,10 @@ SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'dis
 def parse_args(words=None):
     """The command line (or these words of one); what is not given takes the task's default."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split('\n')[0],
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s --task TASK --method METHOD [METHOD ...] [options]      (all of them: --help)')
-    whole, count, positive = in_range(int, 0), in_range(int, 1), in_range(float, 1e-9)
+    whole, count = in_range(int, 0), in_range(int, 1)
+    positive, share = in_range(float, 1e-9), in_range(float, 0, 1)
 
     def by_task(name, text, **options):
         """Add a flag whose default depends on the task; None where it is not given."""
@@ -107,7 +108,7 @@ def parse_args(words=None):
     add('--adv-steps', type=count, default=1, help='adv: sign steps of the inner maximisation (default: 1)')
     by_task('plain_steps', 'adv: begin with N steps of plain training', type=whole, metavar='N')
     add('--m', type=count, default=10, help='rs_a: augmented copies of each pair (default: 10, the paper\'s)')
-    add('--p', type=in_range(float, 0, 1), default=0.1,
+    add('--p', type=share, default=0.1,
         help='rs_a: probability that a word is replaced (default: 0.1, the paper\'s)')
     add('--replace', choices=('paper', 'authors'), default='paper',
         help='rs_a: each word with probability p; or every word, uniform over itself and its synonyms '
@@ -120,7 +121,7 @@ def parse_args(words=None):
     by_task('epochs', f'passes over the training set; of rs_a over its copies, by default {EPOCHS_RS_A}',
             type=positive)
     by_task('lr', 'peak learning rate, linear decay to 0', type=positive)
-    by_task('warmup', 'share of the steps in which the learning rate rises', type=in_range(float, 0, 1))
+    by_task('warmup', 'share of the steps in which the learning rate rises', type=share)
     by_task('batch', 'pairs a step, over all GPUs', type=count)
     add('--max-length', type=in_range(int, 8), default=128, help='tokens a pair, at most (default: 128)')
     by_task('eval_steps', 'English dev accuracy every N steps', type=count, metavar='N')
@@ -197,7 +198,7 @@ def name_of(run):
 
 def rows_of(args, pairs):
     """The number of rows that training takes: epochs x pairs x RS-A's copies, rounded up."""
-    return math.ceil(Fraction(str(args.epochs)) * pairs * (args.m or 1))
+    return math.ceil(round(args.epochs * pairs * (args.m or 1), 6))     # in floats 0.55 * 3200 is above 1760
 
 
 def steps_of(args, pairs):
@@ -279,23 +280,21 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
     The loss in its history is of that step's batch alone (the first process's share), by the method's own
     objective.
     """
-    rank, world = rank_and_world()
     batches = plan(pairs, tokenizer, args)
-    shares, weights = shares_of(batches, rank, world)
+    shares, weights = shares_of(batches, RANK, WORLD)
     steps = len(batches)
     max_length = evaluate.longest(model, tokenizer, args.max_length)
     optimizer = adamw(model, args)
     state = load_state(model, optimizer, args)
     at = state['step']
-    rows = pairs if copies is None else copies
-    loader = loader_of(rows, shares[at:], tokenizer, max_length, model.device)
-    objective = robust.Objective(model, args, rank)
-    if world > 1:
+    loader = loader_of(copies or pairs, shares[at:], tokenizer, max_length, model.device)
+    objective = robust.Objective(model, args, RANK)
+    if WORLD > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)
     dropout = CheapDropout.fitting(model)
     losses = []
     bar = progress(loader, desc=title, unit='step', total=steps, initial=at)
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
 
     for step, batch in enumerate(bar, at + 1):
         for group in optimizer.param_groups:
@@ -321,8 +320,9 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
 
         state['step'] = step
         state['seconds'] += time.perf_counter() - started
-        if rank == 0:
-            accuracy = dev_accuracy(model, tokenizer, dev, dtype, max_length)
+        if RANK == 0:
+            predicted, _ = evaluate.predict(model, tokenizer, dev, dtype=dtype, max_length=max_length)
+            accuracy = evaluate.accuracy(evaluate.marks(predicted, dev))        # of English dev, in percent
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
             # A checkpoint is a method's only if the method made it: adv's plain steps do not count.
             counts = args.method != 'adv' or step > args.plain_steps
@@ -331,9 +331,9 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
                 state['best_dev'], state['best_step'] = accuracy, step
                 # Before the state: a run killed between the two makes the same checkpoint again.
                 save_checkpoint(model, tokenizer, args.out)
-            if best or step == steps or state['seconds'] - state['saved_at'] > STATE_SECONDS:
-                state['saved_at'] = state['seconds']
+            if best or step == steps or time.perf_counter() - saved > STATE_SECONDS:
                 save_state(model, optimizer, state, args)
+                saved = time.perf_counter()
         started = time.perf_counter()
     rate = sum(map(len, batches)) / state['seconds']
     return {'dev': state['best_dev'], 'step': state['best_step'], 'steps': steps, 'history': state['history'],
@@ -350,12 +350,6 @@ def loader_of(rows, batches, tokenizer, max_length, device):
     return DataLoader(rows, batch_sampler=batches, collate_fn=padded, **ahead)
 
 
-def dev_accuracy(model, tokenizer, dev, dtype, max_length):
-    """English dev accuracy in percent."""
-    predicted, _ = evaluate.predict(model, tokenizer, dev, dtype=dtype, max_length=max_length, desc='dev-en')
-    return evaluate.accuracy(evaluate.marks(predicted, dev))
-
-
 def adamw(model, args):
     """AdamW, eps 1e-8, no weight decay (XTREME, authors). What is frozen has no gradient and is skipped."""
     return torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
@@ -368,11 +362,6 @@ def check_losses(losses, batches, pairs):
             lines = ' '.join(str(row % pairs + 1) for row in batches[number])
             raise InputError(f'step {number + 1}: the loss is {loss}; try a smaller --lr or --eps, or '
                              f'--float32. Its batch: lines {lines} of train-en.tsv')
-
-
-def rank_and_world():
-    """This process's number and how many there are, as torchrun says. (0, 1) without it."""
-    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
 
 # ---------------------------------------------------------------- the run folder
@@ -392,16 +381,15 @@ def save_checkpoint(model, tokenizer, out):
 
 def save_state(model, optimizer, state, args):
     """Write state.pt: how far the run is, its weights, AdamW's moments."""
-    whole = {**state, 'weights': model.state_dict(), 'optimizer': optimizer.state_dict()}
     with replacing(Path(args.out) / 'state.pt') as part:
-        torch.save(whole, part)
+        torch.save({**state, 'weights': model.state_dict(), 'optimizer': optimizer.state_dict()}, part)
 
 
 def load_state(model, optimizer, args):
     """How far a stopped run is, its weights and moments put back; of a new run the beginning."""
     path = Path(args.out) / 'state.pt'
     if not path.exists():
-        return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0, 'saved_at': 0.0}
+        return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0}
     try:
         state = torch.load(path, map_location=model.device, weights_only=True)
         model.load_state_dict(state.pop('weights'))
@@ -418,23 +406,23 @@ def beginning_of(run, inputs):
     args = {name: value for name, value in vars(run).items() if name not in PATHS + ASIDE}
     paths = {name: getattr(run, name) for name in PATHS}
     files = inputs.files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
-    about = {'args': args, 'paths': paths, 'files': files, 'dtype': str(inputs.dtype)}
-    about['processes'] = rank_and_world()[1]
+    about = {'args': args, 'paths': paths, 'files': files, 'dtype': str(inputs.dtype), 'processes': WORLD}
 
-    versions = {'python': platform.python_version()}
-    for package in (torch, transformers, tokenizers):
-        versions[package.__name__] = package.__version__
-    source = hashlib.sha256()
-    for name in SOURCE:
-        source.update(Path(__file__).with_name(name).read_bytes())
+    versions = {'python': platform.python_version(), 'torch': torch.__version__,
+                'transformers': transformers.__version__, 'tokenizers': tokenizers.__version__}
+    modules = b''.join(Path(__file__).with_name(name).read_bytes() for name in SOURCE)
+    source = hashlib.sha256(modules).hexdigest()[:16]
     device = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    return about | {'versions': versions, 'source': source.hexdigest()[:16], 'device': device}
+    return about | {'versions': versions, 'source': source, 'device': device}
 
 
 def status_of(out, beginning):
-    """'finished', 'to be resumed' or 'new'. InputError for another run's result or state, or other files."""
+    """'finished', 'to be resumed' or 'new', and the beginning to record: a stopped run keeps its own.
+
+    Raises InputError for another run's result or state, or other files.
+    """
     folder = Path(out)
     if (folder / 'results.json').exists():
         held = evaluate.read_records([out])[0]
@@ -443,20 +431,22 @@ def status_of(out, beginning):
             evaluate.say(f'{out}: finished in {held["dtype"]}, not {beginning["dtype"]}')
         more = [name for name in beginning['files'] if name.startswith('test-') and name not in held['files']]
         if more:
-            command = f'`python evaluate.py {out} --langs`'
-            evaluate.say(f'{out}: finished without {", ".join(more)}, which {command} scores')
-        return 'finished'
+            evaluate.say(f'{out}: finished without {", ".join(more)}, which '
+                         f'`python evaluate.py {out} --langs` scores')
+        return 'finished', held
     if (folder / 'state.pt').exists():
         held = json.loads((folder / 'args.json').read_text())
         refuse_other(out, held, beginning, 'dtype', 'processes')
         for name in evaluate.MADE_BY:
             if held[name] != beginning[name]:
                 evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
-        return 'to be resumed'
-    ours = (folder / 'args.json').exists()      # of a run that was stopped before its first state
-    if folder.exists() and not ours and any(folder.iterdir()):
+        now = {'paths': beginning['paths'], 'files': beginning['files']}
+        now['resumed_with'] = {name: beginning[name] for name in evaluate.MADE_BY}
+        return 'to be resumed', held | now
+    # One with args.json alone is of a run that was stopped before its first state.
+    if folder.exists() and any(folder.iterdir()) and not (folder / 'args.json').exists():
         raise InputError(f'{out}: holds something else than a run; name another folder with --out')
-    return 'new'
+    return 'new', beginning
 
 
 def refuse_other(out, held, beginning, *more):
@@ -469,17 +459,6 @@ def refuse_other(out, held, beginning, *more):
             differ.append(f'{name} {theirs[name]}, not {ours[name]}')
     if differ:
         raise InputError(f'{out}: holds another run ({"; ".join(differ)}); name another folder with --out')
-
-
-def begin(folder, beginning):
-    """Make the run folder -> the first part of the record, of a stopped run as it was begun."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / 'state.pt').exists():
-        write_json(folder / 'args.json', beginning)
-        return beginning
-    resumed_with = {name: beginning[name] for name in evaluate.MADE_BY}
-    now = {'paths': beginning['paths'], 'files': beginning['files'], 'resumed_with': resumed_with}
-    return json.loads((folder / 'args.json').read_text()) | now
 
 
 def write_json(path, content):
@@ -515,18 +494,20 @@ def read_inputs(args, runs, device, dtype):
     """Everything that the runs will read, looked at before the first of them begins. Raises InputError."""
     prepare(args.data, args.task, langs=args.langs)
     langs = languages_of(args.data, args.task, args.langs)
-    found, files = {}, {}
-    for split, lang in [('train', 'en'), ('dev', 'en'), *itertools.product(('test', 'dev'), langs)]:
-        path = path_of(args.data, args.task, split, lang)
-        if split != 'dev' or path.exists():
-            found[split, lang] = read_pairs(path, args.task)
-            files[path.name] = digest(path)
+    english, files = [], {}
     for split in ('train', 'dev'):
-        path, pairs = path_of(args.data, args.task, split, 'en'), found[split, 'en']
+        path = path_of(args.data, args.task, split, 'en')
+        pairs, files[path.name] = read_pairs(path, args.task), digest(path)
         if pairs[0].label is None:
             raise InputError(f'{path}: no labels; training needs them')
         evaluate.say(describe(path, pairs))
-    pairs, dev = found['train', 'en'][:args.max_train], found['dev', 'en'][:args.max_eval]
+        english.append(pairs)
+    for split, lang in itertools.product(('test', 'dev'), langs):
+        path = path_of(args.data, args.task, split, lang)
+        if split == 'test' or path.exists():
+            read_pairs(path, args.task)
+            files[path.name] = digest(path)
+    pairs, dev = english[0][:args.max_train], english[1][:args.max_eval]
 
     model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=args.layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
@@ -557,17 +538,17 @@ def train_and_score(run, beginning, inputs, title):
     """One run, from its beginning to results.json."""
     began = time.perf_counter()
     out, copies = Path(run.out), inputs.copies.get(run.out)
-    first = rank_and_world()[0] == 0
     torch.manual_seed(run.seed)
     if inputs.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     peak_before = peak_memory(inputs.device)
     model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
     model.to(inputs.device)
-    if first:
-        beginning = begin(out, beginning)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / 'args.json', beginning)
     trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, title)
-    if not first:
+    if RANK > 0:
         return
 
     record = beginning | trained | scores_of(run, inputs)
@@ -606,7 +587,7 @@ def column(found, name):
 
 def start_processes():
     """Where torchrun started this process: join the others."""
-    if rank_and_world()[1] == 1:
+    if WORLD == 1:
         return
     backend = 'gloo'
     if torch.cuda.is_available():
@@ -627,8 +608,7 @@ def main():
     inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
     unfinished = []
     for run in runs:
-        beginning = beginning_of(run, inputs)
-        status = status_of(run.out, beginning)
+        status, beginning = status_of(run.out, beginning_of(run, inputs))
         evaluate.say(f'{run.out}: {status}')
         if status != 'finished':
             unfinished.append((run, beginning))
@@ -646,7 +626,7 @@ def main():
                              f'--freeze-embeddings, or a smaller --batch or --max-length; {again}') from None
         except OSError as error:
             raise InputError(f'{run.out}: {error}; {again}') from None
-    if rank_and_world()[0] == 0:
+    if RANK == 0:
         evaluate.report(evaluate.read_records([run.out for run in runs]))
     if dist.is_initialized():
         dist.destroy_process_group()
