@@ -165,8 +165,7 @@ def changed_share(copies, sample=1000):
     Words are what blanks separate, punctuation included, as in the authors' code.
     """
     words = changed = 0
-    rows = random.Random(0).sample(range(len(copies)), min(sample, len(copies)))
-    for row in rows:
+    for row in random.Random(0).sample(range(len(copies)), min(sample, len(copies))):
         before = copies.pairs[row % len(copies.pairs)]
         after = copies[row]
         for old, new in zip(before[:2], after[:2]):

@@ -3327,9 +3327,9 @@ def test_bad_input_gives_one_line_and_leaves_nothing(command, broken, message, p
     with pytest.raises(data.InputError) as error:
         try:
             call(command)
-        except OSError as error:        # run_script makes its line of it
-            assert error.filename
-            raise data.InputError(f'{error.filename}: {error.strerror}') from None
+        except OSError as failure:      # run_script makes its line of it
+            assert failure.filename
+            raise data.InputError(f'{failure.filename}: {failure.strerror}') from None
     line = str(error.value)
     assert '\n' not in line and re.search(message, line), line
     assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before

@@ -4,10 +4,10 @@
     python train.py --task sample --method rs_r --eps 0.1       the same without any download
     python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
-A run folder holds, in the order in which it is written: args.json, how the run began and with what it was
-resumed; a Hugging Face checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to
-go on, gone at the end; predictions/; and results.json, one line, never changed after: with it the run is
-finished. The same command given again skips what is finished and goes on with what was stopped. Several GPUs:
+A run folder holds, in the order in which it is written: args.json, how the run began; a Hugging Face
+checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on, gone at the end;
+predictions/; and results.json, one line, never changed after: with it the run is finished. The same command
+given again skips what is finished and goes on with what was stopped. Several GPUs:
 torchrun --nproc_per_node N train.py ...
 """
 
@@ -440,8 +440,8 @@ def status_of(out, beginning):
         for name in evaluate.MADE_BY:
             if held[name] != beginning[name]:
                 evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
-        now = {'paths': beginning['paths'], 'files': beginning['files']}
-        now['resumed_with'] = {name: beginning[name] for name in evaluate.MADE_BY}
+        resumed_with = {name: beginning[name] for name in evaluate.MADE_BY}
+        now = {'paths': beginning['paths'], 'files': beginning['files'], 'resumed_with': resumed_with}
         return 'to be resumed', held | now
     # One with args.json alone is of a run that was stopped before its first state.
     if folder.exists() and any(folder.iterdir()) and not (folder / 'args.json').exists():
@@ -544,7 +544,7 @@ def train_and_score(run, beginning, inputs, title):
     peak_before = peak_memory(inputs.device)
     model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
     model.to(inputs.device)
-    if RANK == 0:
+    if RANK == 0 and not (out / 'state.pt').exists():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / 'args.json', beginning)
     trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, title)
@@ -589,12 +589,10 @@ def start_processes():
     """Where torchrun started this process: join the others."""
     if WORLD == 1:
         return
-    backend = 'gloo'
     if torch.cuda.is_available():
-        backend = 'nccl'
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     hours = datetime.timedelta(hours=6)         # the others wait while the first scores
-    dist.init_process_group(backend, timeout=hours)
+    dist.init_process_group(timeout=hours)      # gloo on the CPU, nccl on GPUs
 
 
 def main():
@@ -628,7 +626,7 @@ def main():
             raise InputError(f'{run.out}: {error}; {again}') from None
     if RANK == 0:
         evaluate.report(evaluate.read_records([run.out for run in runs]))
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.destroy_process_group()
 
 
