@@ -23,6 +23,7 @@ import socket
 import sys
 import tarfile
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -210,7 +211,10 @@ def read_pairs(path, task):
     expected = ('premise TAB hypothesis TAB label, a pair a line, no header; '
                 f'`python data.py {task}` fetches such files or makes them from the raw release')
     lines = read_lines(path, expected)
-    columns = len(lines[0].split('\t'))
+    first = lines[0].lower().split('\t')
+    if {'sentence1', 'gold_label', 'premise', 'hypo'} & set(first):
+        raise InputError(f'{path}:1: a header; expected {expected}')
+    columns = len(first)
     if columns not in (2, 3):
         raise InputError(f'{path}:1: {columns} columns; expected {expected}')
     pairs = []
@@ -259,10 +263,10 @@ def describe(path, pairs):
 # ---------------------------------------------------------------- the public releases
 
 class Release(NamedTuple):
-    """An archive of a task: where it lies, the splits that it holds, and its reader."""
+    """An archive of a task: where it lies, the rows that each of its splits has, and its reader."""
     task: str
     url: str
-    splits: tuple
+    rows: dict          # split -> rows per language
     read: Callable      # archive -> {'dev-de.tsv': rows [premise, hypothesis, label], ...}
 
 
@@ -307,11 +311,11 @@ def read_xnli_train(archive):
 
 RELEASES = {
     'x-final.tar.gz': Release('pawsx', 'https://storage.googleapis.com/paws/pawsx/x-final.tar.gz',
-                              ('train', 'dev', 'test'), read_pawsx),
+                              {'train': 49401, 'dev': 2000, 'test': 2000}, read_pawsx),
     'XNLI-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip',
-                            ('dev', 'test'), read_xnli),
+                            {'dev': 2490, 'test': 5010}, read_xnli),
     'XNLI-MT-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip',
-                               ('train',), read_xnli_train),
+                               {'train': 392702}, read_xnli_train),
 }
 NEIGHBOURS = 'synonyms/counterfitted_neighbors.json'        # under DATA
 NEIGHBOURS_URL = 'https://raw.githubusercontent.com/uclanlp/Robust-XLT/master/counterfitted_neighbors.json'
@@ -401,7 +405,7 @@ def _fill(folder, part, archives, complete):
         write_sample(part)
     for name, archive in archives.items():
         release = RELEASES[name]
-        wanted = [file for file in missing if file.split('-')[0] in release.splits]
+        wanted = [file for file in missing if file.split('-')[0] in release.rows]
         if not wanted:
             continue
         if archive is None:
@@ -422,14 +426,18 @@ def _move(part, folder, names):
 
 
 def _convert(archive, release, wanted, part):
-    """Write the wanted files of an archive to the folder `part` in XTREME's layout."""
+    """Write the wanted files of an archive to the folder `part` in XTREME's layout, and check them."""
     try:
         files = release.read(archive)
-        wanted = {name: files[name] for name in wanted}
     except Exception as error:      # a broken archive raises any of a dozen
         raise InputError(f'{archive}: not the archive of {release.url} ({error}); fetch it again') from None
-    for name, rows in wanted.items():
+    for name in wanted:
+        rows = files.get(name, [])
+        expected = release.rows[name.split('-')[0]]
+        if len(rows) != expected:
+            raise InputError(f'{archive}: {len(rows)} rows for {name}, expected {expected}; fetch it again')
         write_pairs(part / name, rows)
+        read_pairs(part / name, release.task)
 
 
 def fetch_neighbours(path):
@@ -448,7 +456,7 @@ def _download(url, path, by_hand, sha256=None):
     socket.setdefaulttimeout(30)
     try:
         download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError) as error:     # RuntimeError: another SHA-256
+    except (OSError, HTTPException, RuntimeError) as error:     # RuntimeError: another SHA-256
         raise InputError(f'{url}: cannot be fetched ({error}). Fetch it by hand and {by_hand}') from None
     finally:
         socket.setdefaulttimeout(None)

@@ -144,12 +144,16 @@ class Copies(Sequence):
 
     def __init__(self, pairs, neighbours, *, m=10, p=0.1, seed=42, name='neighbours'):
         self.pairs, self.neighbours, self.m, self.p, self.seed = pairs, neighbours, m, p, seed
-        for pair in pairs:
-            words = find_words(f'{pair.premise}\n{pair.hypothesis}')
-            if any(synonyms_of(word, neighbours) for word in words):
-                return
-        raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
-                         'english_only keeps: RS-A would be plain training; expected English words')
+        if not any(self._has_synonym(pair) for pair in pairs):
+            raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
+                             'english_only keeps: RS-A would be plain training; expected English words')
+
+    def _has_synonym(self, pair):
+        """Whether any word of the pair can be replaced."""
+        text = f'{pair.premise} {pair.hypothesis}'
+        if self.p is None:
+            return any(word in self.neighbours for word in text.split(' '))
+        return any(synonyms_of(word, self.neighbours) for word in find_words(text))
 
     def __len__(self):
         return self.m * len(self.pairs)
@@ -172,7 +176,7 @@ def changed_share(copies, sample=1000):
             old, new = split_words(old), split_words(new)
             words += len(old)
             changed += sum(a != b for a, b in zip(old, new))
-    return changed / words
+    return changed / max(words, 1)
 
 
 # ---------------------------------------------------------------- build from vectors
@@ -193,6 +197,8 @@ def read_vectors(path):
         rows.append(row)
         if not len(row) or len(row) != len(rows[0]):
             raise InputError(f'{path}:{number}: {len(row)} numbers; expected {expected}, all of one length')
+    if not words:
+        raise InputError(f'{path}: no vectors; expected {expected}')
     return words, numpy.stack(rows)
 
 

@@ -301,8 +301,8 @@ def test_what_a_notebook_gets_wrong_is_said_without_naming_a_flag(model, batch):
               'labels'),
              (lambda: robust.rs_r(model, batch, eps=0.1, layer=99), 'layers 1 to 2'),
              (lambda: robust.adv(model, batch, eps=0.1, layer=-3), 'layers 1 to 2'),
-            (lambda: evaluate.predict(model, None, [('a', 'b')]), 'data.Pair'),
-            (lambda: evaluate.predict(model, None, []), 'predicting: .*not empty')]
+             (lambda: evaluate.predict(model, None, [('a', 'b')]), 'data.Pair'),
+             (lambda: evaluate.predict(model, None, []), 'predicting: .*not empty, of data.Pair')]
     for wrong, expected in calls:
         with pytest.raises(data.InputError, match=expected) as error:
             wrong()
@@ -444,7 +444,7 @@ def test_the_share_of_words_changed_by_hand():
     assert synonyms.changed_share(copies) == pytest.approx(0.975, abs=0.02)
 
 
-@pytest.mark.parametrize('p, neighbours', [(0.1, {'dog': ['hound']}), (None, {'dog': ['hound']}), (0.1, {})])
+@pytest.mark.parametrize('p, neighbours', [(0.1, {'dog': ['hound']}), (None, {'cat': ['puss']}), (0.1, {})])
 def test_rs_a_that_would_be_plain_training_is_refused(p, neighbours):
     pairs = [data.Pair('a Cat.', 'x', 0)]
     with pytest.raises(data.InputError,
@@ -539,7 +539,7 @@ def test_labels(tmp_path):
     (b'a\tb\t1\n\xff\tb\t1\n', ':2: not UTF-8'),
     (b'\xef\xbb\xbfa\tb\t1\r\na\tb\xff', ':2: not UTF-8'),
     (b'id\tsentence1\tsentence2\tlabel\n1\ta\tb\t0\n', 'raw release'),
-    (b'sentence1\tsentence2\tlabel\na\tb\t1\n', ":1: label 'label'; expected one of 0, 1"),
+    (b'sentence1\tsentence2\na\tb\n', ':1: a header; expected premise'),
 ])
 def test_a_broken_file_gives_one_line(tmp_path, content, message):
     path = write(tmp_path / 'file.tsv', content)
@@ -548,13 +548,13 @@ def test_a_broken_file_gives_one_line(tmp_path, content, message):
     assert message in str(error.value) and str(path) in str(error.value) and '\n' not in str(error.value)
 
 
-def pawsx_archive(path, langs=('en', 'de')):
+def pawsx_archive(path, rows=2):
     """A small x-final.tar.gz, with a member that tries to escape."""
     with tarfile.open(path, 'w:gz') as tar:
-        for lang, name in [('en', 'train')] + [(lang, f'{split}_2k') for lang in langs
+        for lang, name in [('en', 'train')] + [(lang, f'{split}_2k') for lang in ('en', 'de')
                                                for split in ('dev', 'test')]:
             lines = ''.join(f'{i}\t{lang} "a" {i}\t\u3000"lone {name}\u3000x \t{i % 2}\r\n'
-                            for i in range(2))
+                            for i in range(rows))
             content = f'id\tsentence1\tsentence2\tlabel\r\n{lines}'.encode()
             member = tarfile.TarInfo(f'x-final/{lang}/{name}.tsv')
             member.size = len(content)
@@ -587,7 +587,8 @@ def small_release(monkeypatch, tmp_path):
         monkeypatch.setitem(data.TASKS, task, data.TASKS[task]._replace(languages=('en', 'de')))
     for name, release in data.RELEASES.items():
         url = (tmp_path / 'host' / name).as_uri()
-        monkeypatch.setitem(data.RELEASES, name, release._replace(url=url))
+        monkeypatch.setitem(data.RELEASES, name,
+                            release._replace(url=url, rows=dict.fromkeys(release.rows, 2)))
     monkeypatch.setattr(data, 'NEIGHBOURS_URL', (tmp_path / 'host' / 'neighbours.json').as_uri())
     return tmp_path / 'host'
 
@@ -626,7 +627,7 @@ def test_converts_the_public_release_of_xnli(tmp_path, small_release):
      'x-final.tar.gz: not the archive of .*fetch it again'),
     (lambda path: path.write_bytes(b'<html>'), 'x-final.tar.gz: not the archive of .*fetch it again'),
     (lambda path: path.unlink(), '^[^:]*x-final.tar.gz: not the archive of .*No such file'),
-    (lambda path: pawsx_archive(path, langs=['en']), 'x-final.tar.gz: not the archive of .*dev-de.tsv'),
+    (lambda path: pawsx_archive(path, rows=3), 'x-final.tar.gz: 3 rows for train-en.tsv, expected 2'),
 ])
 def test_a_broken_archive_gives_one_line_and_leaves_nothing(tmp_path, small_release, break_it, message):
     break_it(pawsx_archive(tmp_path / 'x-final.tar.gz'))
@@ -3231,6 +3232,7 @@ def test_flags_that_are_gone(script, flag, capsys):
 
 TRAIN = 'train --task sample --data D --max-steps 1 --out new --method '
 BAD = [     # the command, what is broken before it (file, old, new), what its one line says
+    (TRAIN + 'rs_r --eps 0.1 0.10000001', [], 'rs_r-0.1-seed42: two runs'),
     (TRAIN + 'rs_r --layer 3', [], 'layer 3: the encoder has layers 1 to 2'),
     (TRAIN + 'plain --model nowhere', [],
      'nowhere: cannot be loaded.*expected the name of a model, or a folder'),
@@ -3264,6 +3266,9 @@ BAD = [     # the command, what is broken before it (file, old, new), what its o
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, b'{')], 'results.json:1: not JSON'),
     (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None),
                                              ('run/state.pt', None, b'half')], 'state.pt: not a state'),
+    (TRAIN.replace('new', 'run') + 'plain', [('run/results.json', None, None), ('run/args.json', None, b'{}'),
+                                             ('run/state.pt', None, b'half')],
+     'args.json: not what train.py wrote'),
     (TRAIN.replace('new', 'run/config.json') + 'plain', [], 'config.json: Not a directory'),
     (TRAIN.replace('new', 'D') + 'plain', [], 'D: holds something else than a run'),
     (TRAIN.replace('new', 'D/sample/dev-en.tsv/x') + 'plain', [], 'cannot be written|Not a directory'),

@@ -148,7 +148,8 @@ def runs_of(args):
         for eps in args.eps or EPS.get(method, [None]):
             for seed in args.seed:
                 run = run_of(args, method, eps, seed)
-                runs[name_of(run)] = run
+                if runs.setdefault(name_of(run), run).eps != run.eps:
+                    raise InputError(f'{name_of(run)}: two runs; expected --eps that differ in six digits')
     for name, run in runs.items():
         if not args.out or len(runs) > 1:
             run.out = f'{args.out or "runs"}/{args.task}-{name}'
@@ -321,7 +322,8 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
         state['step'] = step
         state['seconds'] += time.perf_counter() - started
         if RANK == 0:
-            predicted, _ = evaluate.predict(model, tokenizer, dev, dtype=dtype, max_length=max_length)
+            options = {'dtype': dtype, 'max_length': max_length, 'desc': 'dev-en'}
+            predicted, _ = evaluate.predict(model, tokenizer, dev, **options)
             accuracy = evaluate.accuracy(evaluate.marks(predicted, dev))        # of English dev, in percent
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
             # A checkpoint is a method's only if the method made it: adv's plain steps do not count.
@@ -435,8 +437,12 @@ def status_of(out, beginning):
                          f'`python evaluate.py {out} --langs` scores')
         return 'finished', held
     if (folder / 'state.pt').exists():
-        held = json.loads((folder / 'args.json').read_text())
-        refuse_other(out, held, beginning, 'dtype', 'processes')
+        try:
+            held = json.loads((folder / 'args.json').read_text())
+            refuse_other(out, held, beginning, 'dtype', 'processes')
+        except (OSError, ValueError, LookupError, TypeError):
+            raise InputError(f'{folder / "args.json"}: not what train.py wrote; name another folder with '
+                             '--out') from None
         for name in evaluate.MADE_BY:
             if held[name] != beginning[name]:
                 evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
@@ -559,7 +565,7 @@ def train_and_score(run, beginning, inputs, title):
     record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
-    average = evaluate.accuracies([record], inputs.langs).nanmean()
+    average = evaluate.accuracies([record], inputs.langs).nanmean()     # nan if no test file has labels
     evaluate.say(f'{title}: test average {average:.1f}, English dev {record["dev"]:.1f}; saved in {out}')
 
 
@@ -602,7 +608,7 @@ def main():
     note_unused(args, runs)
     start_processes()
     # Above layer 0 no LayerNorm comes first: the noise would be rounded to bfloat16 as it enters a product.
-    float32 = runs[0].float32 or args.layer != 0
+    float32 = runs[0].float32 or any(run.layer for run in runs)
     inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
     unfinished = []
     for run in runs:
