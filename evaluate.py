@@ -212,7 +212,7 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     eval mode. Raises InputError for logits that are not finite.
     """
     if not pairs or not all(isinstance(pair, Pair) for pair in pairs):
-        raise InputError(f'{desc}: expected a list, not empty, of data.Pair(premise, hypothesis, label or None)')
+        raise InputError(f'{desc}: expected one or more data.Pair(premise, hypothesis, label or None)')
     model.eval()
     features, cut = encode(tokenizer, pairs, max_length)
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,

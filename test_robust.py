@@ -302,7 +302,7 @@ def test_what_a_notebook_gets_wrong_is_said_without_naming_a_flag(model, batch):
              (lambda: robust.rs_r(model, batch, eps=0.1, layer=99), 'layers 1 to 2'),
              (lambda: robust.adv(model, batch, eps=0.1, layer=-3), 'layers 1 to 2'),
              (lambda: evaluate.predict(model, None, [('a', 'b')]), 'data.Pair'),
-             (lambda: evaluate.predict(model, None, []), 'predicting: .*not empty, of data.Pair')]
+             (lambda: evaluate.predict(model, None, []), 'predicting: expected one or more data.Pair')]
     for wrong, expected in calls:
         with pytest.raises(data.InputError, match=expected) as error:
             wrong()
