@@ -1009,6 +1009,11 @@ def test_only_the_steps_that_will_run_are_tokenised_first(tokenizer, monkeypatch
                         lambda pairs, tokenizer, rows: counted.append(len(rows)) or torch.ones(len(pairs)))
     train.plan(pairs_of_all_lengths(5000), tokenizer, arguments(max_steps=3))
     assert counted == [64 * 16]
+    monkeypatch.undo()
+    pairs = pairs_of_all_lengths(5)
+    tokens = train.count_tokens(pairs, tokenizer, [1, 4])
+    lengths = [len(tokenizer(*pair[:2])['input_ids']) for pair in pairs]
+    assert tokens.tolist() == [0, lengths[1], 0, 0, lengths[4]]
 
 
 def test_the_processes_share_a_batch_and_their_mean_is_its_mean():
@@ -1086,6 +1091,17 @@ def test_the_first_of_equal_checkpoints_is_kept_and_the_last_step_is_always_scor
     assert [h['step'] for h in result['history']] == [2, 4, 5] and result['steps'] == 5
     assert (result['dev'], result['step']) == (70.0, 4)
     assert all(math.isfinite(h['loss']) for h in result['history'])
+
+
+def test_the_state_is_saved_at_the_best_at_the_last_and_when_it_is_long_ago(loop, monkeypatch):
+    for seconds, saved in ((math.inf, [1, 4]), (0, [1, 2, 3, 4])):
+        steps, accuracies = [], iter([50.0, 40.0, 30.0, 20.0])
+        monkeypatch.setattr(evaluate, 'accuracy', lambda marks: next(accuracies))
+        monkeypatch.setattr(train, 'save_state',
+                            lambda model, optimizer, state, args: steps.append(state['step']))
+        monkeypatch.setattr(train, 'STATE_SECONDS', seconds)
+        loop(max_steps=4, eval_steps=1)
+        assert steps == saved
 
 
 def test_a_checkpoint_of_advs_plain_steps_is_not_advs(loop, monkeypatch):
@@ -1197,6 +1213,7 @@ def test_a_record_says_what_it_is_about(run, small):
         assert (len(marks) == 20 == sum(record['answers'][lang])
                 and record['test'][lang] == 5 * marks.count('1'))
         assert record['dev_all'][lang] == 5 * record['dev_marks'][lang].count('1')
+    assert record['dev'] == record['dev_all']['en']
     assert record['cut'] == dict.fromkeys(data.TASKS['sample'].languages, 0)
     assert record['longest'] == 64 and record['wall_seconds'] > 0 and record['pairs_per_second'] > 0
     assert json.loads((folder / 'args.json').read_text()).items() <= record.items()
@@ -1400,6 +1417,7 @@ def test_a_stopped_run_goes_on_only_as_the_same_run(small, tmp_path, call, monke
     (tmp_path / 'a/args.json').write_text(json.dumps(held | {'source': 'another'}))
     said = call(f'train {flags}', '--out', tmp_path / 'a').err
     assert 'goes on after step 4' in said and 'a: began with other source: another, now' in said
+    assert json.loads((tmp_path / 'a/args.json').read_text()) == held | {'source': 'another'}
     record = record_of(tmp_path / 'a')
     assert record['source'] == 'another' and record['resumed_with']['source'] == train.beginning_of(
         train.parse_args(flags.split()), train.Inputs([], [], [], {}, {}, None, None))['source']
@@ -1557,6 +1575,18 @@ def test_the_default_eps_is_the_methods(small, tmp_path):
             for run in runs[::2]] == [(5, 2e-5, 32, 200)] * 3 + [(3, 2e-5, 32, 200)]
     assert [run.synonyms for run in runs[::2]] == [None] * 3 + [
         'download/synonyms/counterfitted_neighbors.json']
+
+
+def test_a_layer_above_0_is_float32(small, call, monkeypatch):
+    asked = []
+
+    def choose_device(float32):
+        asked.append(float32)
+        return torch.device('cpu'), torch.float32
+    monkeypatch.setattr(evaluate, 'choose_device', choose_device)
+    for flags in ('plain rs_r --layer 1', 'rs_r --layer 0', 'plain --layer 1'):
+        call(f'train --task sample --data {small} --max-steps 1 --dry-run --no-float32 --method {flags}')
+    assert asked == [True, False, False]
 
 
 def test_a_log_file_holds_whole_lines(small, tmp_path):
