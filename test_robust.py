@@ -784,12 +784,16 @@ def test_files_have_the_permissions_that_the_umask_says(tmp_path, monkeypatch, m
     assert not {'local_files_only', 'is_local', 'name_or_path'} & written.keys()
 
 
-def test_what_is_there_is_not_written_again_and_takes_no_lock(world, monkeypatch):
+def test_what_is_there_is_not_written_again_and_takes_no_lock(world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / 'D')
+    write(tmp_path / 'D/sample/test-x1.tsv', b'a\tb\n')        # without labels, as XTREME's script leaves it
+
     def refuse(*arguments, **options):
         raise PermissionError(13, 'Permission denied')
     for target, name in ((data, 'FileLock'), (os, 'replace'), (Path, 'mkdir')):
         monkeypatch.setattr(target, name, refuse)
     data.prepare(world, 'sample')
+    data.prepare(tmp_path / 'D', 'sample')
     data.prepare(world, 'sample', complete=True)
     data.fetch_neighbours(world / 'sample/synonyms.json')
 
