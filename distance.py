@@ -182,42 +182,40 @@ class Side(NamedTuple):
 
 
 def read_translations(path, task):
-    """XTREME's translate-test file -> the language's and the English (premise, hypothesis), two lists."""
+    """XTREME's translate-test file -> rows (premise, hypothesis, English premise, English hypothesis)."""
     expected = 'five columns: premise, hypothesis, their English translations, label'
-    theirs, english = [], []
+    rows = []
     for number, line in enumerate(read_lines(path, expected), 1):
         cells = line.split('\t')
         if len(cells) != 5:
             raise InputError(f'{path}:{number}: {len(cells)} columns; expected {expected}')
         if cells[4] not in TASKS[task].labels:
             raise InputError(f'{path}:{number}: label {cells[4]!r} in column 5; expected {expected}')
-        theirs.append(cells[:2])
-        english.append(cells[2:4])
-    return theirs, english
+        rows.append(cells[:4])
+    return rows
 
 
 def read_aligned(path, data, task):
-    """A language's test file and the row-aligned English one -> two lists of (premise, hypothesis)."""
+    """A language's test file and the row-aligned English one -> rows as `read_translations` gives them."""
     theirs, english = read_pairs(path, task), read_pairs(path_of(data, task, 'test', 'en'), task)
     if len(theirs) != len(english):
         raise InputError(f'{path}: {len(theirs)} rows; expected {len(english)}, translations of '
                          'test-en.tsv row by row')
-    return [pair[:2] for pair in theirs], [pair[:2] for pair in english]
+    return [pair[:2] + other[:2] for pair, other in zip(theirs, english)]
 
 
-def parallel(theirs, english):
-    """Parallel sentences (sentence, English), each pair once, all premises first -> list, repeated, left out.
+def parallel(rows):
+    """Parallel sentences (sentence, English), each pair once, all premises first -> list, what is not in it.
 
     Left out: empty ones and PAWS-X's placeholder NS ('no sentence'), of which no word has a translation.
     """
-    pairs = list(zip([row[0] for row in theirs], [row[0] for row in english]))
-    pairs += zip([row[1] for row in theirs], [row[1] for row in english])
+    pairs = [(row[0], row[2]) for row in rows] + [(row[1], row[3]) for row in rows]
     once = dict.fromkeys(pairs)
     whole = []
     for pair in once:
         if all(side.strip() not in ('', 'NS') for side in pair):
             whole.append(pair)
-    return whole, len(pairs) - len(once), len(once) - len(whole)
+    return whole, {'repeated': len(pairs) - len(once), 'left_out': len(once) - len(whole)}
 
 
 def words_in(sentence, encoding, whole):
@@ -384,21 +382,20 @@ def languages(args):
 
 
 def read_text(args, path):
-    """The parallel text of a language, as `parallel` gives it."""
+    """The parallel text of a language, as `parallel` gives it, but --max-sentences at most."""
     if args.translations:
         rows = read_translations(path, args.task)
     else:
         rows = read_aligned(path, args.data, args.task)
-    text = parallel(*rows)
-    if not text[0]:
+    pairs, counts = parallel(rows)
+    if not pairs:
         raise InputError(f'{path}: empty or NS in every row; expected sentences and their translations')
-    return text
+    return pairs[:args.max_sentences], counts
 
 
 def one_language(model, tokenizer, args, lang, text, dtype):
     """Align and measure one language -> what distances.json says of it, its words, its links."""
-    pairs, repeated, left_out = text
-    pairs = pairs[:args.max_sentences]
+    pairs, counts = text
     longest = evaluate.longest(model, tokenizer, LONGEST)
     theirs = words_of(tokenizer, [pair[0] for pair in pairs], lang, longest)
     english = words_of(tokenizer, [pair[1] for pair in pairs], 'en', longest)
@@ -408,7 +405,7 @@ def one_language(model, tokenizer, args, lang, text, dtype):
         raise InputError(f'{lang}: no aligned words in {len(pairs)} sentence pairs; expected translations')
     measured = measure(model, tokenizer, (theirs, english), links, layer=args.layer, dtype=dtype,
                        seed=args.seed, desc=f'measuring {lang}')
-    found = distance_of(measured) | {'sentences': len(pairs), 'repeated': repeated, 'left_out': left_out}
+    found = distance_of(measured) | {'sentences': len(pairs)} | counts
     found['cut'] = theirs.cut + english.cut
     found['coverage'] = coverage(measured)
     return found, words, links
