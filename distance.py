@@ -513,7 +513,7 @@ class Gain(NamedTuple):
 
 
 def comparable(records, task):
-    """The group that all records form, once: {label: {eps: [records]}} as evaluate.variants gives it.
+    """The runs of each robust method at the eps chosen by English dev -> {name: (its runs, plain's)}.
 
     Raises InputError unless all are runs of this task that may stand in one table, plain among them.
     """
@@ -523,28 +523,27 @@ def comparable(records, task):
     found = evaluate.variants(evaluate.one_group(records))
     if len(found) < 2 or 'plain' not in found:
         raise InputError(f'runs of {", ".join(found) or "no method"}; expected plain and a robust method')
-    plain = found['plain'][None]
+    plain = found.pop('plain')[None]
+    methods = {}
     for label, by_eps in found.items():
-        if not evaluate.paired(by_eps[evaluate.chosen_eps(by_eps)], plain):
+        eps = evaluate.chosen_eps(by_eps)
+        if not evaluate.paired(by_eps[eps], plain):
             raise InputError(f'{label}: no seed in common with plain; expected runs of the same seeds')
-    return found
+        methods[evaluate.row_name(label, eps)] = by_eps[eps], plain
+    return methods
 
 
-def gains(found, by_lang):
+def gains(methods, by_lang):
     """What each robust method gains -> languages from near to far, a Gain for each method.
 
-    `found`: as `comparable` gives it; `by_lang`: {language: its distance}.
+    `methods`: as `comparable` gives them; `by_lang`: {language: its distance}.
     """
     langs = sorted(by_lang, key=by_lang.get)
-    plain, rows = found['plain'][None], []
-    for label, by_eps in found.items():
-        if label == 'plain':
-            continue
-        eps = evaluate.chosen_eps(by_eps)
-        points, half = [values.tolist()[:-1] for values in evaluate.gain(by_eps[eps], plain, langs)]
-        labelled = [(by_lang[lang], value) for lang, value in zip(langs, points) if not math.isnan(value)]
-        rank = rank_correlation([pair[0] for pair in labelled], [pair[1] for pair in labelled])
-        name, pairs = evaluate.row_name(label, eps), evaluate.paired(by_eps[eps], plain)
+    rows = []
+    for name, (records, plain) in methods.items():
+        points, half = [values.tolist()[:-1] for values in evaluate.gain(records, plain, langs)]
+        rank = rank_correlation([by_lang[lang] for lang in langs], points)
+        pairs = evaluate.paired(records, plain)
         if any(map(evaluate.one_answer, itertools.chain(*pairs))):
             name += ' †'
         rows.append(Gain(name, len(pairs), points, half, rank))
@@ -554,15 +553,15 @@ def gains(found, by_lang):
 def rank_correlation(x, y, seed=42):
     """Spearman's rho and its two-sided p by permutation -> (rho, p); None where x or y is constant.
 
-    Of all permutations up to 8 values, else of 100,000 at random, the given order counted among them.
+    Of all permutations up to 8 values, else of 100,000 at random, the given order counted among them. A pair
+    with a nan in it does not count.
     """
-    ranks = []
-    for values in (x, y):
-        # Rounded: means of accuracies that are equal may differ in the last bit.
-        values = torch.tensor(values, dtype=torch.double).round(decimals=9)
-        rank = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-        ranks.append(rank.double() - rank.double().mean())
-    a, b = ranks
+    values = torch.tensor([x, y], dtype=torch.double)
+    # Rounded: means of accuracies that are equal may differ in the last bit.
+    values = values[:, values.isfinite().all(0)].round(decimals=9)
+    one, other = values[:, :, None], values[:, None]
+    ranks = (one > other).sum(2) + (one == other).sum(2) / 2
+    a, b = ranks.double() - ranks.double().mean(1, keepdim=True)
     scale = a.norm() * b.norm()
     if scale == 0:
         return None
@@ -606,17 +605,16 @@ def figure_2(results, langs, rows):
     """Draw Figure 2, a panel a method, its bars from near (left) to far (right) -> matplotlib figure."""
     figure = evaluate.new_figure(max(8, 0.62 * len(langs) + 1.5), 2.1 * len(rows) + 1.4)
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False).flatten()
-    places = range(len(langs))
+    far = results['languages']
+    labels = [f'{lang}\n{far[lang]["distance"]:.3g}' for lang in langs]
     for number, (row, axes) in enumerate(zip(rows, panels)):
-        axes.bar(places, row.points, yerr=row.half, capsize=3, color=f'C{number}', alpha=0.8)
+        axes.bar(labels, row.points, yerr=row.half, capsize=3, color=f'C{number}', alpha=0.8)
         axes.axhline(0, color='black', linewidth=0.8)
         title = f'{row.name}, {row.seeds} seed{"s" * (row.seeds > 1)}'
         if row.rank:
             title += '; rank correlation {:+.2f}, p = {:.2g}'.format(*row.rank)
         axes.set_title(title, fontsize='medium')
         axes.set_ylabel('gain (points)')
-    far = results['languages']
-    panels[-1].set_xticks(places, [f'{lang}\n{far[lang]["distance"]:.3g}' for lang in langs])
     panels[-1].set_xlabel(f'language, and its distance from English (Euclidean, layer {results["layer"]} '
                           f'of {Path(results["model"]).name})')
     figure.suptitle(f'{results["task"]}: accuracy gained over plain, by method and eps (L-inf, coordinates '
@@ -624,13 +622,13 @@ def figure_2(results, langs, rows):
     return figure
 
 
-def report(results, found, records, picture):
-    """Print the tables; with runs, `found` among `records`, that of the gains too, and draw Figure 2."""
+def report(results, methods, records, picture):
+    """Print the tables; with `methods`, compared in `records`, that of the gains too, and draw Figure 2."""
     print(evaluate.render(distance_table(results)))
     print(evaluate.render(coverage_table(results)))
-    if found:
+    if methods:
         by_lang = {lang: language['distance'] for lang, language in results['languages'].items()}
-        langs, rows = gains(found, by_lang)
+        langs, rows = gains(methods, by_lang)
         print(evaluate.render(gain_table(results, langs, rows, records)))
         if picture:
             evaluate.save_picture(figure_2(results, langs, rows), picture)
@@ -681,10 +679,10 @@ def main(args=None):
     if args.output:         # found out now, not after the measuring
         evaluate.check_picture(args.output)
     records = evaluate.read_records(args.runs or [])
-    found = comparable(records, args.task) if records else None
+    methods = comparable(records, args.task) if records else None
     results, aligned = distances(args, languages(args))
     try:
-        report(results, found, records, args.output)
+        report(results, methods, records, args.output)
     finally:        # written also where a picture fails, or `| head` has seen enough
         write(Path(args.out or f'runs/distance-{args.task}'), results, aligned)
 

@@ -2996,6 +2996,8 @@ def test_rank_correlation_by_hand():
     assert distance.rank_correlation(x, x) == pytest.approx((1.0, 1 / 100_001))       # p is never 0
     for constant in ([3, 3, 3], [], [7]):
         assert distance.rank_correlation(list(range(len(constant))), constant) is None
+    # What has no gain has no rank.
+    assert distance.rank_correlation([9, 1, 2, 3], [math.nan, 10, 20, 40]) == pytest.approx((1.0, 2 / 6))
 
 
 def run_of(method, seed, right, eps=None, task='sample', langs=('en', 'x1', 'x2', 'x3'), **changes):
@@ -3029,7 +3031,7 @@ def test_gains_of_a_run_that_learned_nothing_are_marked():
                'files': {'model': '3'}}
 
     def table(*runs):
-        langs, rows = distance.gains(evaluate.variants(runs), by_lang)
+        langs, rows = distance.gains(distance.comparable(runs, 'sample'), by_lang)
         return [row.name for row in rows], '\n'.join(distance.gain_table(results, langs, rows, runs).below)
     names, below = table(plain, adv, rs_r)
     assert names == ['adv 0.1 (from the start)', 'rs_r 0.1'] and '†' not in below
@@ -3077,8 +3079,8 @@ def test_figure_2_from_runs(world, tmp_path, call, monkeypatch):
 
 
 def test_languages_stand_in_the_order_of_their_distances():
-    found = distance.comparable([record | {'name': ''} for record in [*PLAIN, *ROBUST]], 'sample')
-    langs, (row,) = distance.gains(found, {'x1': 3.0, 'x2': 1.0, 'x3': 2.0, 'x4': 0.5})
+    methods = distance.comparable([record | {'name': ''} for record in [*PLAIN, *ROBUST]], 'sample')
+    langs, (row,) = distance.gains(methods, {'x1': 3.0, 'x2': 1.0, 'x3': 2.0, 'x4': 0.5})
     assert langs == ['x4', 'x2', 'x3', 'x1'] and row.points[1:] == pytest.approx([4, 6, 1])
     assert math.isnan(row.points[0]) and row.rank[0] == pytest.approx(-0.5) and row.seeds == 2
 
