@@ -261,7 +261,7 @@ def words_of(tokenizer, sentences, lang, longest):
         side.features.append({key: encoded[key][row] for key in encoded})
         side.words.append(words)
         side.last.append(last)
-    for token_id in set(itertools.chain.from_iterable(encoded['input_ids'])):
+    for token_id in set().union(*encoded['input_ids']):
         token = tokenizer.convert_ids_to_tokens(token_id)
         if '\ufffd' in tokenizer.decode([token_id]) and '\ufffd' not in token:      # no character by itself
             raise InputError(f'{name} splits a character of {lang} into bytes ({token}); expected one whose '
@@ -332,29 +332,32 @@ def distance_of(measured):
     mean, random = measured.distance.mean().item(), measured.random.mean().item()
     # The words of a sentence were not drawn apart: what varies is a sentence's sum.
     _, sentence = measured.sentence.unique(return_inverse=True)
-    sums = torch.zeros(int(sentence.max()) + 1, dtype=torch.double)
-    sums.index_add_(0, sentence, measured.distance - mean)
+    sums = sentence.bincount(measured.distance - mean)
     error = None
     if len(sums) > 1:
-        error = sums.std().item() * len(sums) ** 0.5 / len(sentence)
-    found = {'distance': mean, 'standard_error': error, 'random': random, 'words': len(sentence)}
-    return found | {'ratio': mean / random if random else None}
+        error = evaluate.error_of_sum(sums).item() / len(sentence)
+    return {'distance': mean, 'standard_error': error, 'random': random, 'words': len(sentence),
+            'ratio': mean / random if random else None}
+
+
+def shares_within(largest):
+    """By eps, the share (0 to 1) of words whose difference lies in the L-inf ball; None of no words."""
+    shares = {}
+    for eps in EPS:
+        inside = (largest <= eps).double()
+        shares[f'{eps:g}'] = inside.mean().item() if len(inside) else None
+    return shares
 
 
 def coverage(measured):
-    """Do the regions cover the translations? By eps, the share (0 to 1) of aligned words in the L-inf ball.
+    """Do the regions cover the translations?
 
-    `within`: of all; `within_other`: of those that are not the identical token, None if there are none.
+    `within`: shares of all aligned words; `within_other`: of those that are not the identical token.
     `largest`, `random_largest`: medians of the difference's largest coordinate. `deviation`: standard
     deviation of the words' coordinates; what counts is eps over it.
     """
-    other = measured.identical == 0
-    within, within_other = {}, {}
-    for eps in EPS:
-        inside = (measured.largest <= eps).double()
-        within[f'{eps:g}'] = inside.mean().item()
-        within_other[f'{eps:g}'] = inside[other].mean().item() if other.any() else None
-    found = {'identical': measured.identical.mean().item(), 'within': within, 'within_other': within_other}
+    found = {'identical': measured.identical.mean().item(), 'within': shares_within(measured.largest)}
+    found['within_other'] = shares_within(measured.largest[measured.identical == 0])
     found['largest'] = measured.largest.quantile(0.5).item()
     found['random_largest'] = measured.random_largest.quantile(0.5).item()
     found['deviation'] = (measured.square.mean() - measured.mean.mean() ** 2).sqrt().item()
@@ -368,8 +371,8 @@ def languages(args):
     if not args.translations:
         if not path_of(args.data, args.task, 'test', 'en').exists():
             prepare(args.data, args.task, langs=args.langs)
-        langs = [lang for lang in languages_of(args.data, args.task, args.langs) if lang != 'en']
-        return {lang: path_of(args.data, args.task, 'test', lang) for lang in langs}
+        langs = languages_of(args.data, args.task, args.langs)
+        return {lang: path_of(args.data, args.task, 'test', lang) for lang in langs if lang != 'en'}
     files = {}
     for lang in args.langs or TASKS[args.task].languages:
         path = Path(args.translations) / f'test-{lang}-en-translated.tsv'
@@ -448,24 +451,25 @@ def write(folder, results, aligned):
 
 
 # What is printed: a column's form is that of a number in it.
-DISTANCE = {'distance': '{:.3f}', 'standard_error': '{:.3f}', 'random': '{:.3f}', 'ratio': '{:.3f}',
-            'words': '{:,}', 'sentences': '{:,}', 'repeated': '{:,}', 'left_out': '{:,}', 'cut': '{:,}'}
-COVERAGE = {'identical': '{:.1%}', 'largest': '{:.3f}', 'random_largest': '{:.3f}', 'deviation': '{:.3f}'}
+DISTANCE = {'distance': '{:.3f}', 'standard error': '{:.3f}', 'random': '{:.3f}', 'ratio': '{:.3f}',
+            'words': '{:,}', 'sentences': '{:,}', 'repeated': '{:,}', 'left out': '{:,}', 'cut': '{:,}'}
+COVERAGE = {'identical': '{:.1%}', 'largest': '{:.3f}', 'random largest': '{:.3f}', 'deviation': '{:.3f}'}
 
 
 def caption(results):
     """What the tables are of, in a line."""
     first = f', the first {results["max_sentences"]:,} sentence pairs' if results['max_sentences'] else ''
     return (f'{results["task"]}, layer {results["layer"]} of {results["model"]}, '
-            f'{results["dtype"].removeprefix("torch.")}; English: {results["english"]}{first}')
+            f'{evaluate.short(results["dtype"])}; English: {results["english"]}{first}')
 
 
 def as_cells(found, forms):
     """Figures as a row's cells, by the name of their column; None has no cell."""
     cells = {}
-    for name, form in forms.items():
-        if found[name] is not None:
-            cells[name.replace('_', ' ')] = form.format(found[name])
+    for column, form in forms.items():
+        figure = found[column.replace(' ', '_')]
+        if figure is not None:
+            cells[column] = form.format(figure)
     return cells
 
 
@@ -476,8 +480,7 @@ def distance_table(results):
              'standard error: over sentences',
              'sentences: repeated ones once; left out: empty ones and NS (no sentence)',
              f'cut: sentences of more than {LONGEST} tokens, or than the encoder takes']
-    columns = [name.replace('_', ' ') for name in DISTANCE]
-    return evaluate.Table([f'Distance from English: {caption(results)}'], columns, rows, below)
+    return evaluate.Table([f'Distance from English: {caption(results)}'], list(DISTANCE), rows, below)
 
 
 def coverage_table(results):
@@ -585,9 +588,11 @@ def gain_table(results, langs, rows, records):
             if not math.isnan(row.half[number]):
                 cells[row.name] = f'{row.points[number]:+.1f} ±{row.half[number]:.1f}'
         lines.append((lang, cells))
-    correlations = {row.name: row.rank for row in rows if row.rank}
-    lines.append(('rank correlation', {name: f'{rho:+.2f}' for name, (rho, _) in correlations.items()}))
-    lines.append(('p', {name: f'{p:.2g}' for name, (_, p) in correlations.items()}))
+    rho, p = {}, {}
+    for row in rows:
+        if row.rank:
+            rho[row.name], p[row.name] = f'{row.rank[0]:+.2f}', f'{row.rank[1]:.2g}'
+    lines += [('rank correlation', rho), ('p', p)]
     above = ['Accuracy gained over plain in points, ± half its 95% interval', *evaluate.caption(records)]
     measured = results['files']['model']
     if any(record['files'].get('model', measured) != measured for record in records):
