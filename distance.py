@@ -195,9 +195,9 @@ def read_translations(path, task):
     return rows
 
 
-def read_aligned(path, data, task):
+def read_aligned(path, english, task):
     """A language's test file and the row-aligned English one -> rows as `read_translations` gives them."""
-    theirs, english = read_pairs(path, task), read_pairs(path_of(data, task, 'test', 'en'), task)
+    theirs, english = read_pairs(path, task), read_pairs(english, task)
     if len(theirs) != len(english):
         raise InputError(f'{path}: {len(theirs)} rows; expected {len(english)}, translations of '
                          'test-en.tsv row by row')
@@ -228,8 +228,8 @@ def words_in(sentence, encoding, whole):
     before, begin = None, 0
     tokens = zip(encoding.word_ids, encoding.tokens, encoding.offsets)
     for at, (word, token, (start, end)) in enumerate(tokens):
-        text = sentence[start:end].strip()
-        if word is None or not text or token == '▁':        # [CLS], [SEP], SentencePiece's lone blank
+        text = sentence[start:end].strip()      # none of [CLS] and [SEP]
+        if not text or token == '▁':            # SentencePiece's lone blank, which may lie on a character
             continue
         mark = all(unicodedata.category(character)[0] in 'PS' for character in text)
         if whole and word == before and not mark:
@@ -365,14 +365,18 @@ def coverage(measured):
 
 
 def languages(args):
-    """The languages to measure, those asked for or the task's but English -> {code: its file}."""
+    """The languages to measure, those asked for or the task's but English -> {code: its file}, English file.
+
+    The second is None where the translations stand in the files themselves.
+    """
     if 'en' in (args.langs or []):
         raise InputError('langs: distances are from English; name other languages')
     if not args.translations:
-        if not path_of(args.data, args.task, 'test', 'en').exists():
+        english = path_of(args.data, args.task, 'test', 'en')
+        if not english.exists():
             prepare(args.data, args.task, langs=args.langs)
         langs = languages_of(args.data, args.task, args.langs)
-        return {lang: path_of(args.data, args.task, 'test', lang) for lang in langs if lang != 'en'}
+        return {lang: path_of(args.data, args.task, 'test', lang) for lang in langs if lang != 'en'}, english
     files = {}
     for lang in args.langs or TASKS[args.task].languages:
         path = Path(args.translations) / f'test-{lang}-en-translated.tsv'
@@ -381,15 +385,15 @@ def languages(args):
     if not files:
         raise InputError(f'{args.translations}: no test-LANG-en-translated.tsv of {args.task} in it; '
                          'expected the files of XTREME\'s translate-test')
-    return files
+    return files, None
 
 
-def read_text(args, path):
+def read_text(args, path, english):
     """The parallel text of a language, as `parallel` gives it, but --max-sentences at most."""
-    if args.translations:
-        rows = read_translations(path, args.task)
+    if english:
+        rows = read_aligned(path, english, args.task)
     else:
-        rows = read_aligned(path, args.data, args.task)
+        rows = read_translations(path, args.task)
     pairs, counts = parallel(rows)
     if not pairs:
         raise InputError(f'{path}: empty or NS in every row; expected sentences and their translations')
@@ -414,14 +418,15 @@ def one_language(model, tokenizer, args, lang, text, dtype):
     return found, words, links
 
 
-def distances(args, files):
-    """Measure languages, {code: file} -> what distances.json says, and {language: (words, links)}."""
-    texts = {lang: read_text(args, path) for lang, path in files.items()}      # a broken file shows at once
+def distances(args, files, english):
+    """Measure `languages` -> what distances.json says, and {language: (words, links)}."""
+    # Before all else: a broken file shows at once.
+    texts = {lang: read_text(args, path, english) for lang, path in files.items()}
     device, dtype = evaluate.choose_device(args.float32)
     name = args.model or evaluate.default_model(args.task, args.data)
     model, tokenizer = evaluate.load_encoder(name, args.task, layer=args.layer)
     results = {'task': args.task, 'model': name, 'layer': args.layer, 'dtype': str(dtype), 'seed': args.seed}
-    results['english'] = 'translated' if args.translations else 'the row-aligned test file'
+    results['english'] = 'the row-aligned test file' if english else 'translated'
     results['max_sentences'] = args.max_sentences
     results['files'] = {'model': evaluate.fingerprint(model, tokenizer)}
     results['languages'], aligned = {}, {}
@@ -430,8 +435,8 @@ def distances(args, files):
         found, *aligned[lang] = one_language(model, tokenizer, args, lang, texts[lang], dtype)
         results['languages'][lang] = found
         results['files'][path.name] = digest(path)
-    if not args.translations:
-        results['files']['test-en.tsv'] = digest(path_of(args.data, args.task, 'test', 'en'))
+    if english:
+        results['files'][english.name] = digest(english)
     return results, aligned
 
 
@@ -562,9 +567,8 @@ def rank_correlation(x, y, seed=42):
     values = torch.tensor([x, y], dtype=torch.double)
     # Rounded: means of accuracies that are equal may differ in the last bit.
     values = values[:, values.isfinite().all(0)].round(decimals=9)
-    one, other = values[:, :, None], values[:, None]
-    ranks = (one > other).sum(2) + (one == other).sum(2) / 2
-    a, b = ranks.double() - ranks.double().mean(1, keepdim=True)
+    # How many a value exceeds less how many exceed it: twice its rank about the mean, ties sharing theirs.
+    a, b = (values[:, :, None] - values[:, None]).sign().sum(2)
     scale = a.norm() * b.norm()
     if scale == 0:
         return None
@@ -600,9 +604,8 @@ def gain_table(results, langs, rows, records):
     below = [f'{row.name}: {row.seeds} seed{"s" * (row.seeds > 1)}, as plain' for row in rows]
     below.append('rank correlation of gain and distance: Spearman; p: by permutation, two-sided')
     if any(row.name.endswith('†') for row in rows):
-        share = f'{100 * evaluate.ONE_ANSWER:.0f}%'
-        below.append(f'†: a run of it or of plain gives one answer for {share} or more of the English '
-                     'items: it loses most where plain is best, whatever the distance')
+        below.append(f'†: a run of it or of plain gives one answer for {evaluate.ONE_ANSWER:.0%} or more of '
+                     'the English items: it loses most where plain is best, whatever the distance')
     return evaluate.Table(above, ['distance', *(row.name for row in rows)], lines, below)
 
 
@@ -685,7 +688,7 @@ def main(args=None):
         evaluate.check_picture(args.output)
     records = evaluate.read_records(args.runs or [])
     methods = comparable(records, args.task) if records else None
-    results, aligned = distances(args, languages(args))
+    results, aligned = distances(args, *languages(args))
     try:
         report(results, methods, records, args.output)
     finally:        # written also where a picture fails, or `| head` has seen enough
