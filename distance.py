@@ -205,7 +205,7 @@ def read_aligned(path, english, task):
 
 
 def parallel(rows):
-    """Parallel sentences (sentence, English), each pair once, all premises first -> list, what is not in it.
+    """Parallel sentences (sentence, English), each pair once, all premises first -> list, counts of the rest.
 
     Left out: empty ones and PAWS-X's placeholder NS ('no sentence'), of which no word has a translation.
     """
@@ -228,7 +228,7 @@ def words_in(sentence, encoding, whole):
     before, begin = None, 0
     tokens = zip(encoding.word_ids, encoding.tokens, encoding.offsets)
     for at, (word, token, (start, end)) in enumerate(tokens):
-        text = sentence[start:end].strip()      # none of [CLS] and [SEP]
+        text = sentence[start:end].strip()      # empty for [CLS] and [SEP]
         if not text or token == '▁':            # SentencePiece's lone blank, which may lie on a character
             continue
         mark = all(unicodedata.category(character)[0] in 'PS' for character in text)
@@ -301,11 +301,6 @@ def vectors(model, tokenizer, sides, side, rows, links, layer):
     return states[0][sentences, positions], inputs['input_ids'][sentences, positions]
 
 
-def norms(difference):
-    """Euclidean and L-inf norm of each row."""
-    return difference.norm(dim=1), difference.abs().amax(1)
-
-
 @torch.inference_mode()
 def measure(model, tokenizer, sides, links, *, layer, dtype=torch.float32, seed=42, desc='measuring'):
     """Compare the linked words of two Sides at `layer` -> Measured. The model must be in eval mode."""
@@ -320,9 +315,12 @@ def measure(model, tokenizer, sides, links, *, layer, dtype=torch.float32, seed=
             english, english_ids = vectors(model, tokenizer, sides, 1, rows, links, layer)
         anyone = torch.randint(len(english), (len(english),), generator=generator)
         sentence = torch.tensor(rows).repeat_interleave(torch.tensor([len(links[row]) for row in rows]))
+        columns = [sentence, their_ids == english_ids]
+        for other in (english, english[anyone]):
+            difference = theirs - other
+            columns += [difference.norm(dim=1), difference.abs().amax(1)]
         both = torch.cat([theirs, english], 1)
-        columns = [sentence, their_ids == english_ids, *norms(theirs - english)]
-        columns += [*norms(theirs - english[anyone]), both.mean(1), both.square().mean(1)]
+        columns += [both.mean(1), both.square().mean(1)]
         batches.append(torch.stack([column.double().cpu() for column in columns]))
     return Measured(*torch.cat(batches, 1))
 
@@ -562,7 +560,7 @@ def rank_correlation(x, y, seed=42):
     """Spearman's rho and its two-sided p by permutation -> (rho, p); None where x or y is constant.
 
     Of all permutations up to 8 values, else of 100,000 at random, the given order counted among them. A pair
-    with a nan in it does not count.
+    that is not finite does not count.
     """
     values = torch.tensor([x, y], dtype=torch.double)
     # Rounded: means of accuracies that are equal may differ in the last bit.
@@ -613,16 +611,18 @@ def figure_2(results, langs, rows):
     """Draw Figure 2, a panel a method, its bars from near (left) to far (right) -> matplotlib figure."""
     figure = evaluate.new_figure(max(8, 0.62 * len(langs) + 1.5), 2.1 * len(rows) + 1.4)
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False).flatten()
-    far = results['languages']
-    labels = [f'{lang}\n{far[lang]["distance"]:.3g}' for lang in langs]
+    places = range(len(langs))
     for number, (row, axes) in enumerate(zip(rows, panels)):
-        axes.bar(labels, row.points, yerr=row.half, capsize=3, color=f'C{number}', alpha=0.8)
+        axes.bar(places, row.points, yerr=row.half, capsize=3, color=f'C{number}', alpha=0.8)
         axes.axhline(0, color='black', linewidth=0.8)
         title = f'{row.name}, {row.seeds} seed{"s" * (row.seeds > 1)}'
         if row.rank:
             title += '; rank correlation {:+.2f}, p = {:.2g}'.format(*row.rank)
         axes.set_title(title, fontsize='medium')
         axes.set_ylabel('gain (points)')
+    far = results['languages']
+    # Also of a language without labels, which has no bar.
+    panels[-1].set_xticks(places, [f'{lang}\n{far[lang]["distance"]:.3g}' for lang in langs])
     panels[-1].set_xlabel(f'language, and its distance from English (Euclidean, layer {results["layer"]} '
                           f'of {Path(results["model"]).name})')
     figure.suptitle(f'{results["task"]}: accuracy gained over plain, by method and eps (L-inf, coordinates '
