@@ -61,7 +61,7 @@ def entries_of(pairs):
     return entries, torch.tensor([number for number, _ in table], dtype=torch.long)
 
 
-@functools.lru_cache(4096)        # many pairs share a shape
+@functools.lru_cache(1024)        # many pairs share a shape
 def apart(m, n):
     """|i/m - j/n|: (m, n)."""
     i = torch.arange(1, m + 1, dtype=torch.double)[:, None]
@@ -69,7 +69,7 @@ def apart(m, n):
     return (i / m - j / n).abs()
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(1024)
 def prior(m, n, tension):
     """p(a_i = j) (Dyer, section 2): (m, n + 1)."""
     near = torch.softmax(-tension * apart(m, n), 1)
@@ -663,7 +663,7 @@ def parse_args(words=None):
     add('--layer', type=int, default=-1,
         help='0 word embeddings, k the k-th layer, -1 the last (default: %(default)s, Cao et al.)')
     add('--max-sentences', type=in_range(int, 1), metavar='N', help='the first N sentence pairs a language')
-    add('--seed', type=in_range(int, 0, 2 ** 63), default=42,
+    add('--seed', type=in_range(int, 0, 2 ** 63 - 1), default=42,
         help='of the random words (default: %(default)s)')
     add('--float32', action='store_true', help='no bfloat16, whatever the hardware')
     add = parser.add_argument_group('output').add_argument

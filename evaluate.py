@@ -387,8 +387,10 @@ def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options
     found = {}
     for first, second in itertools.product(langs, langs):
         pairs, name = crossed(files[first], files[second]), f'{first}-{second}'
-        predicted, cut = predict(model, tokenizer, pairs, desc=name, **options)
-        found[name] = {'items': len(pairs), 'marks': marks(predicted, pairs), 'cut': cut}
+        found[name] = {'items': len(pairs), 'marks': None, 'cut': 0}
+        if pairs:
+            predicted, cut = predict(model, tokenizer, pairs, desc=name, **options)
+            found[name] |= {'marks': marks(predicted, pairs), 'cut': cut}
     return found
 
 
@@ -945,7 +947,7 @@ def parse_args(words=None):
     add('--radii', type=radius, nargs='+', default=(0, 0.01, 0.03, 0.1, 0.3, 1), metavar='EPS',
         help='--regions: its radii (default: %(default)s, ours)')
     add('--steps', type=count, default=10, metavar='N', help='--regions: of PGD (default: %(default)s, ours)')
-    add('--seed', type=in_range(int, 0, 2 ** 63), default=42, help='of the noise (default: %(default)s)')
+    add('--seed', type=in_range(int, 0, 2 ** 63 - 1), default=42, help='of the noise (default: %(default)s)')
     add = parser.add_argument_group('how').add_argument
     add('--batch', type=count, default=64, metavar='N', help='pairs at once (default: %(default)s)')
     add('--float32', action='store_true', help='measure without bfloat16; else as the run was trained')
@@ -975,20 +977,25 @@ def check_output(args, records):
 
 
 def find_runs(args):
-    """The records of the runs to measure; of --task what stands for them, whatever lies beside the weights.
+    """The records of the runs to measure; with --task, of a classifier of other making what stands for one.
 
     Raises InputError for what would fail after hours of measuring others.
     """
     # A run named twice, or once with a trailing slash, is no second seed.
     names = {os.path.abspath(name): name for name in args.runs}.values()
-    if args.task:
-        records = [foreign(name, args.task) for name in names]
-    else:
-        records = read_records(names)
+    records = []
+    for name in names:
+        if args.task and not (Path(name) / 'results.json').exists():
+            records.append(foreign(name, args.task))
+        elif Path(name).is_file():
+            raise InputError(f'{name}: results without their models; to measure anew, name run folders')
+        else:
+            records += read_records([name])
+    task = args.task or records[0]['args']['task']
     for record in records:
         name, trained = record['name'], record['args']
-        if not args.task and not Path(name).is_dir():
-            raise InputError(f'{name}: results without their model; to measure anew, name run folders')
+        if trained['task'] != task:
+            raise InputError(f'{name}: a run of {trained["task"]}, not of {task}')
         if args.smooth and args.eps is None and trained['eps'] is None:
             raise InputError(f'{name}: {trained["method"]} has no eps of its own; say --eps with --smooth')
     return records
@@ -1074,7 +1081,9 @@ def measure_all(records, args):
     for record in records:
         try:
             table, record['found'] = measure(record, args)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if 'memory' not in str(error):
+                raise
             raise InputError(f'{record["name"]}: out of memory; try a smaller --batch than '
                              f'{args.batch}') from None
         print(render(table))

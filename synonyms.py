@@ -197,6 +197,8 @@ def read_vectors(path):
         rows.append(row)
         if not len(row) or len(row) != len(rows[0]):
             raise InputError(f'{path}:{number}: {len(row)} numbers; expected {expected}, all of one length')
+        if not numpy.isfinite(row).all():
+            raise InputError(f'{path}:{number}: a number that is not finite; expected {expected}')
     if not words:
         raise InputError(f'{path}: no vectors; expected {expected}')
     return words, numpy.stack(rows)
@@ -205,8 +207,7 @@ def read_vectors(path):
 def build(words, vectors, k=8, bound=0.5):
     """The k nearest words of each word within a squared Euclidean distance of `bound` -> dict, nearest first.
 
-    `vectors`: float32 (words, dimensions); one that is not finite is no neighbour. Defaults: Alzantot et al.
-    (2018), whom the paper follows.
+    `vectors`: float32 (words, dimensions). Defaults: Alzantot et al. (2018), whom the paper follows.
     """
     vectors = torch.as_tensor(vectors)
     neighbours = {}

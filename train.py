@@ -199,7 +199,8 @@ def name_of(run):
 
 def rows_of(args, pairs):
     """The number of rows that training takes: epochs x pairs x RS-A's copies, rounded up."""
-    return math.ceil(round(args.epochs * pairs * (args.m or 1), 6))     # in floats 0.55 * 3200 is above 1760
+    rows = round(args.epochs * pairs * (args.m or 1), 6)        # in floats 0.55 * 3200 is above 1760
+    return max(1, math.ceil(rows))
 
 
 def steps_of(args, pairs):
@@ -440,12 +441,12 @@ def status_of(out, beginning):
         try:
             held = json.loads((folder / 'args.json').read_text())
             refuse_other(out, held, beginning, 'dtype', 'processes')
+            for name in evaluate.MADE_BY:
+                if held[name] != beginning[name]:
+                    evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f'{folder / "args.json"}: not what train.py wrote; name another folder with '
                              '--out') from None
-        for name in evaluate.MADE_BY:
-            if held[name] != beginning[name]:
-                evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
         resumed_with = {name: beginning[name] for name in evaluate.MADE_BY}
         now = {'paths': beginning['paths'], 'files': beginning['files'], 'resumed_with': resumed_with}
         return 'to be resumed', held | now
@@ -460,9 +461,10 @@ def refuse_other(out, held, beginning, *more):
     theirs = held | held['args'] | held['files']
     ours = beginning | beginning['args'] | beginning['files']
     differ = []
-    for name in [*beginning['args'], *beginning['files'], *more]:
-        if theirs.get(name, ours[name]) != ours[name]:
-            differ.append(f'{name} {theirs[name]}, not {ours[name]}')
+    both = [name for name in beginning['files'] if name in held['files']]
+    for name in [*beginning['args'], *both, *more]:
+        if theirs.get(name) != ours[name]:
+            differ.append(f'{name} {theirs.get(name)}, not {ours[name]}')
     if differ:
         raise InputError(f'{out}: holds another run ({"; ".join(differ)}); name another folder with --out')
 
@@ -515,7 +517,8 @@ def read_inputs(args, runs, device, dtype):
             files[path.name] = digest(path)
     pairs, dev = english[0][:args.max_train], english[1][:args.max_eval]
 
-    model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=args.layer)
+    layer = args.layer if any(run.layer for run in runs) else 0
+    model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
     drops = {name: value for name, value in model.config.to_dict().items() if 'drop' in name}
     files['dropout'] = json.dumps(drops, sort_keys=True)        # no part of the weights, but of the training
@@ -598,7 +601,7 @@ def start_processes():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     hours = datetime.timedelta(hours=6)         # the others wait while the first scores
-    dist.init_process_group(timeout=hours)      # gloo on the CPU, nccl on GPUs
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=hours)
 
 
 def main():
