@@ -623,7 +623,9 @@ def main():
         return
     again = 'the same command goes on from its last saved state'
     for number, (run, beginning) in enumerate(unfinished, 1):
-        title = f'run {number} of {len(unfinished)}: {name_of(run)}'
+        title = name_of(run)
+        if len(unfinished) > 1:
+            title = f'run {number} of {len(unfinished)}: {title}'
         try:
             train_and_score(run, beginning, inputs, title)
         except KeyboardInterrupt:
