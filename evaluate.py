@@ -218,16 +218,18 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
     # so that memory that does not suffice shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
+    # One for each call: a language has the same draws whatever is scored before it.
     generator = torch.Generator(model.device).manual_seed(seed)
     counted = []
     for start in progress(range(0, len(order), batch), desc=desc, unit='batch'):
         chosen = order[start:start + batch]
         inputs = tokenizer.pad([features[i] for i in chosen], return_tensors='pt').to(model.device)
+        # For PGD alone; without labels it attacks class 0, and nothing is scored.
         labels = torch.tensor([pairs[i].label or 0 for i in chosen], device=model.device)
         votes = 0
         for _ in range(passes):
             noise = contextlib.nullcontext()
-            if eps is not None:     # not within autocast: rounded logits let a sure one's gradient vanish
+            if eps is not None:     # outside autocast: where f is sure, rounded logits have no gradient
                 delta = robust.worst_delta(model, {**inputs, 'labels': labels}, eps=eps, steps=steps,
                                            layer=layer, generator=generator)
                 noise = robust.perturbed(model, delta, layer)
@@ -237,7 +239,7 @@ def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_lengt
             votes = votes + torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
             votes = votes + logits.softmax(-1) / (passes + 1)       # breaks ties: in all less than one vote
         counted.append(votes)
-    votes = torch.cat(counted)      # looked at and copied from the GPU at the end: each batch would wait
+    votes = torch.cat(counted)      # looked at once: for each batch the CPU would wait for the GPU
     if not votes.isfinite().all():
         raise InputError(f'{model.config.name_or_path}: gives logits that are not finite; train it with a '
                          'smaller lr or eps, or in float32')
@@ -580,7 +582,7 @@ def groups(records):
     Task, data, model, budget and dtype agree in a group; method, its own arguments, eps and seed may differ.
     """
     found = []
-    # RS-A's come last: as nobody's epochs are compared with theirs, they may stand in several tables.
+    # RS-A's come last: as their epochs are not compared, they may be added to several tables.
     for record in sorted(records, key=lambda record: record['args']['method'] == 'rs_a'):
         fitting = [group for group in found if not apart(record, group)]
         for group in fitting:
@@ -692,7 +694,7 @@ def oracle(by_eps, langs):
     dev = torch.stack([accuracies(records, langs, 'dev_marks').mean(0) for records in choice])
     test = torch.stack([accuracies(records, langs).mean(0) for records in choice])
     best = dev.max(0)       # nan where one is nan
-    scores = test.gather(0, best.indices[None])[0] + 0 * best.values
+    scores = test.gather(0, best.indices[None])[0].where(best.values.isfinite(), math.nan)
     return torch.cat([scores, scores.mean(-1, keepdim=True)])
 
 
@@ -739,6 +741,7 @@ def item_errors(pairs, langs):
             columns.append(shares)
             errors[column] = error_of_sum(shares)
     if columns:
+        # Padded: own languages may have fewer items.
         errors[-1] = error_of_sum(torch.nn.utils.rnn.pad_sequence(columns).mean(1))
     return errors
 
@@ -915,7 +918,7 @@ def report(records):
         table, task = table_of(group), group[0]['args']['task']
         why = apart(group[0], [other for other in before if other['args']['task'] == task])
         if why:
-            table.above.append(f'In no table with {why}.')
+            table.above.append(f'In no table with the runs above: {why}')
         print(render(table))
         tables.append(table)
         before += group
@@ -977,7 +980,7 @@ def check_output(args, records):
 
 
 def find_runs(args):
-    """The records of the runs to measure; with --task, of a classifier of other making what stands for one.
+    """The records of the runs to measure; one made up for a classifier that train.py did not make (--task).
 
     Raises InputError for what would fail after hours of measuring others.
     """
@@ -1002,7 +1005,7 @@ def find_runs(args):
 
 
 def foreign(name, task):
-    """What stands for the record of a classifier of other making."""
+    """The record made up for a classifier that train.py did not make: the settings to measure it with."""
     args = {'task': task, 'method': name, 'eps': None, 'layer': None, 'max_length': 128, 'max_eval': None}
     marks = dict.fromkeys(TASKS[task].languages)
     return {'name': name, 'args': args, 'paths': {'data': 'download'}, 'files': {}, 'dtype': None,
@@ -1076,7 +1079,7 @@ def picture(args, records):
 
 
 def measure_all(records, args):
-    """Measure and print what the command line asks for, run by run -> tables; what was `found` is put in."""
+    """Measure and print what the command line asks for, run by run -> tables; each record gets `found`."""
     tables = []
     for record in records:
         try:

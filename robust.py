@@ -25,7 +25,7 @@ What the paper leaves open, and what is done here:
 - The sign of delta is Eq. 1's, E_tgt = E_src + delta; the line of the paper that defines it has the other.
 
 A batch is a dict of tensors: `input_ids` and `attention_mask` (B, T), `labels` (B,). delta is
-float32 (B, T, H). Drawn from a `generator` of its own, as `Objective` does, it leaves dropout the same
+float32 (B, T, H). Noise drawn from a `generator` of its own, as `Objective` does, leaves dropout the same
 random stream whatever the method: with eps = 0, `adv` and `rs_r` are then `plain` to the last bit. Without
 one it takes torch's own stream.
 """
@@ -147,7 +147,7 @@ def hidden(model, layer):
 def at_end_of_enc(model, layer, function):
     """Within it, one forward pass calls function(Enc(x)); what that returns, unless None, takes its place.
 
-    Raises InputError where the encoder does not pass through that layer exactly once.
+    Raises InputError where the forward pass does not call the layers as often as `end_of_enc` expects.
     """
     modules, expected, wanted = end_of_enc(model, layer)
     calls = 0
@@ -212,7 +212,7 @@ def width(model, layer=0):
 
 # ---------------------------------------------------------------- the method, an argument
 
-METHODS = {     # the arguments that only some of them use
+METHODS = {     # of each the arguments of train.py that not all of them use
     'plain': (),
     'adv': ('eps', 'layer', 'adv_steps', 'plain_steps'),
     'rs_r': ('eps', 'layer'),
@@ -221,7 +221,9 @@ METHODS = {     # the arguments that only some of them use
 
 
 class Objective(torch.nn.Module):
-    """The loss of a method as a module, (batch, step) -> scalar: it may run the model more than once a call.
+    """The loss of a method, (batch, step) -> scalar.
+
+    A module, so that several GPUs wrap it and not the model, which adv runs more than once a call.
 
     `args` is train.py's command line. `rank` tells the processes of one run apart.
     """

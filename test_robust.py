@@ -1968,7 +1968,7 @@ def test_records_that_do_not_belong_together_get_tables_of_their_own_and_are_tol
     assert list(evaluate.variants(found[0])) == ['plain', 'adv (from the start)', 'rs_a replace=paper',
                                                  'rs_a replace=authors']
     evaluate.report(runs)
-    assert 'In no table with a: max_steps 9 and 200.' in capsys.readouterr().out
+    assert 'In no table with the runs above: a: max_steps 9 and 200\n' in capsys.readouterr().out
     for changes in ({'files': {'model': 'other'}}, {'files': {'train-en.tsv': 'other'}},
                     {'extra': {'dtype': 'torch.bfloat16'}}, {'max_eval': 2}, {'lr': 1}):
         one = record('plain', None, 1, '10', lr=changes.get('lr', 2), files={'test-x1.tsv': '1'})

@@ -1,7 +1,7 @@
 """Fine-tune a multilingual encoder on English with the paper's four methods, then score every language.
 
     python train.py --task pawsx --method rs_r --eps 0.1
-    python train.py --task sample --method rs_r --eps 0.1       the same without any download
+    python train.py --task sample --method rs_r --eps 0.1       a made-up task, no download
     python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
 A run folder holds, in the order in which it is written: args.json, how the run began; a Hugging Face
@@ -83,10 +83,13 @@ def parse_args(words=None):
     whole, count = in_range(int, 0), in_range(int, 1)
     positive, share = in_range(float, 1e-9), in_range(float, 0, 1)
 
+    def each(values):
+        """A value for each task, in words."""
+        return ', '.join(f'{task} {value}' for task, value in zip(TASKS, values))
+
     def by_task(name, text, **options):
         """Add a flag whose default depends on the task; None where it is not given."""
-        defaults = ', '.join(f'{task} {value}' for task, value in zip(TASKS, DEFAULTS[name]))
-        add('--' + name.replace('_', '-'), help=f'{text} (default: {defaults})', **options)
+        add('--' + name.replace('_', '-'), help=f'{text} (default: {each(DEFAULTS[name])})', **options)
 
     add = parser.add_argument_group('what to run').add_argument
     add('--task', choices=TASKS, required=True, help='sample: a small made-up world that needs no download')
@@ -118,7 +121,7 @@ def parse_args(words=None):
     add('--synonyms', metavar='FILE', help='rs_a: neighbour file (default: the authors\', fetched into DATA)')
 
     add = parser.add_argument_group('training').add_argument
-    by_task('epochs', f'passes over the training set; of rs_a over its copies, by default {EPOCHS_RS_A}',
+    by_task('epochs', f'passes over the training set, of rs_a over its copies ({each(EPOCHS_RS_A)})',
             type=positive)
     by_task('lr', 'peak learning rate, linear decay to 0', type=positive)
     by_task('warmup', 'share of the steps in which the learning rate rises', type=share)
@@ -219,7 +222,8 @@ def plan(pairs, tokenizer, args):
     steps = steps_of(args, len(pairs))
     rows = len(pairs) * (args.m or 1)
     pool_rows = POOL * args.batch
-    wanted = min(rows_of(args, len(pairs)), math.ceil(steps / POOL) * pool_rows)    # no pool that never runs
+    # Only the pools of the steps that run: what max_steps cuts off is not drawn.
+    wanted = min(rows_of(args, len(pairs)), math.ceil(steps / POOL) * pool_rows)
     generator = torch.Generator().manual_seed(args.seed)
     epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
     order = torch.cat(epochs)[:wanted]
@@ -314,8 +318,8 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
         due = step % args.eval_steps == 0 or step == steps
         if due or step % LOOK == 0:
             check_losses(losses, batches[:step], len(pairs))
-            best = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
-            bar.set_postfix_str(f'loss {losses[-1]:.3f}{best}', refresh=False)
+            shown = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
+            bar.set_postfix_str(f'loss {losses[-1]:.3f}{shown}', refresh=False)
             losses.clear()
         if not due:
             continue
@@ -422,7 +426,8 @@ def beginning_of(run, inputs):
 
 
 def status_of(out, beginning):
-    """'finished', 'to be resumed' or 'new', and the beginning to record: a stopped run keeps its own.
+    """'finished', 'to be resumed' or 'new', and the beginning to record: of a stopped run its own, the paths
+    and files of now, and what it is resumed with.
 
     Raises InputError for another run's result or state, or other files.
     """
@@ -610,7 +615,8 @@ def main():
     runs = runs_of(args)
     note_unused(args, runs)
     start_processes()
-    # Above layer 0 no LayerNorm comes first: the noise would be rounded to bfloat16 as it enters a product.
+    # After layer 0 comes a LayerNorm, which autocast leaves in float32; after any other a matrix product,
+    # whose input it rounds to bfloat16, delta and all.
     float32 = runs[0].float32 or any(run.layer for run in runs)
     inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
     unfinished = []
@@ -647,7 +653,8 @@ class CheapDropout(TorchFunctionMode):
     """Within it, dropout takes 16 random bits an element (ours): a third less time a forward pass on the CPU.
 
     There torch draws a 64-bit number for each element, on one thread. Four elements share one here, so that
-    the probability is p rounded to 1/65536. It cannot look into fused attention, which has to be 'eager'.
+    the probability is p rounded to 1/65536. Fused attention drops inside its kernel, out of reach: it has to
+    be 'eager'.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -658,7 +665,7 @@ class CheapDropout(TorchFunctionMode):
 
     @staticmethod
     def dropout(input, p=0.5, training=True, inplace=False):
-        """As torch.nn.functional.dropout, but never in place."""
+        """As torch.nn.functional.dropout; what it drops, not in place."""
         if not training or not 0 < p < 1:
             return functional.dropout(input, p, training, inplace)
         draws = torch.empty(math.ceil(input.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
