@@ -37,8 +37,24 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
 
 # ---------------------------------------------------------------- what every script needs
 
+# Which of the processes of one run this is, and how many there are: as torchrun says, in full or not at all.
+TORCHRUN = {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(os.environ)
+RANK, WORLD = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if TORCHRUN else (0, 1)
+
+
 class InputError(Exception):
     """Something in the user's hands is wrong. The message is one line: what is there, what was expected."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse that suits notebooks too: a wrong command line is an InputError, it does not exit."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        """What argparse calls."""
+        raise InputError(f'{message}; --help lists all')
 
 
 def run_script(main):
@@ -90,7 +106,7 @@ def progress(iterable=None, **options):
 
     options: those of tqdm (desc, unit, total, initial).
     """
-    options['disable'] = os.environ.get('RANK', '0') != '0'     # of torchrun's processes the first one speaks
+    options['disable'] = RANK > 0       # of torchrun's processes the first one speaks
     if sys.stderr.isatty():
         return tqdm(iterable, leave=False, dynamic_ncols=True, **options)
     # miniters: the clock is looked at each time; else tqdm guesses how many make up the 30 seconds.
@@ -106,25 +122,44 @@ def digest(path):
 def replacing(path):
     """Write beside, then rename: yields the path to write to. The file is whole or as it was.
 
-    An OSError (read-only folder, full disk) passes through and names `path`.
+    A link stays, and its target is replaced; a device or a pipe is written to. An OSError (read-only folder,
+    full disk) passes through and names `path`.
     """
     path = Path(path)
-    part = path.with_name(f'{path.stem}.part{path.suffix}')
+    target = path.resolve()
+    plain = target.is_file() or not target.exists()
+    # A name of its own: another process may be writing the same file.
+    part = target.with_name(f'{target.stem}.part{os.urandom(4).hex()}{target.suffix}') if plain else path
     try:
         yield part
-        os.replace(part, path)
+        if plain:
+            os.replace(part, target)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if plain:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def copy_permissions(folder):
     """Give a checkpoint's weights the permissions of its other files: safetensors writes them 0600."""
     for path in Path(folder).glob('*.safetensors'):
-        shutil.copymode(path.with_name('config.json'), path)
+        with contextlib.suppress(OSError):      # a courtesy, which some file systems refuse
+            shutil.copymode(path.with_name('config.json'), path)
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Within it, memory that does not suffice, on CPU or GPU, is an InputError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if 'memory' not in f'{error!r}'.lower():
+            raise
+        what = (str(error).strip().splitlines() or ['MemoryError'])[0]
+        raise InputError(f'out of memory ({what}); {advice}') from None
 
 
 # ---------------------------------------------------------------- tasks
@@ -332,6 +367,8 @@ def prepare(data, task, archives=(), complete=False, langs=None):
     """
     archives = _archives(task, archives)
     folder = Path(data) / task
+    if not folder.exists() and (Path(data) / 'train-en.tsv').exists():
+        raise InputError(f'{data}: holds train-en.tsv itself; expected the folder above it, with a {task}/')
     missing = _missing(folder, task, complete, langs)
     if not missing:
         return
@@ -564,14 +601,13 @@ def _write_sample_encoder(folder, words, seed):
 
 # ---------------------------------------------------------------- command line
 
-def main():
-    """Fetch or write a task's files, then say what is there."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words=None):
+    """Fetch or write a task's files, then say what is there. `words`: a command line, for notebooks."""
+    parser = Parser(description=__doc__)
     parser.add_argument('task', choices=TASKS, help='the task whose files to fetch or write')
     parser.add_argument('archives', nargs='*', help='archives of the raw public release, fetched by hand')
     parser.add_argument('--data', default='download', help="folder in XTREME's layout (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     prepare(args.data, args.task, args.archives, complete=True)
     for path in sorted((Path(args.data) / args.task).glob('*.tsv')):
         print(describe(path, read_pairs(path, args.task)))

@@ -7,7 +7,7 @@ A neighbour file is JSON, word -> list of words, nearest first (Alzantot et al. 
 words within a squared Euclidean distance of 0.5 in counter-fitted GloVe vectors (Mrksic et al. 2016).
 """
 
-import argparse
+import functools
 import json
 import random
 import re
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from data import (NEIGHBOURS_URL, InputError, Pair, in_range, progress, read_lines, replacing, run_script,
-                  split_words)
+from data import (NEIGHBOURS_URL, InputError, Pair, Parser, in_range, progress, read_lines, replacing,
+                  run_script, split_words)
 
 
 # ---------------------------------------------------------------- read
@@ -40,6 +40,9 @@ def read_synonyms(path):
     for word, synonyms in entries.items():
         if not isinstance(synonyms, list) or not all(isinstance(one, str) and one for one in synonyms):
             raise InputError(f'{path}: {word!r} has {str(synonyms)[:60]}; expected a list of words')
+        if re.search('[\ud800-\udfff]', ''.join([word, *synonyms])):
+            raise InputError(f'{path}: {word!r} or a neighbour of it has half a surrogate pair, which no '
+                             'tokenizer takes; expected whole characters')
     return {word: synonyms for word, synonyms in entries.items() if synonyms}
 
 
@@ -71,11 +74,8 @@ def replace(sentence, neighbours, p, rng):
     """x -> x': each word that has synonyms becomes one of them, uniformly, with probability p (3.2).
 
     Several words of a sentence may change (paper). Words are found whatever their case and the punctuation
-    around them, and the synonym takes on the case (ours). p None: `replace_as_authors`.
+    around them, and the synonym takes on the case (ours).
     """
-    if p is None:
-        return replace_as_authors(sentence, neighbours, rng)
-
     def substitute(match):
         """The word, or the synonym that the draw puts in its place."""
         word = match[1]
@@ -123,44 +123,47 @@ def english_only(neighbours, pairs):
 
 # ---------------------------------------------------------------- the m copies as a sequence
 
-def augment(pair, neighbours, p, seed, copy):
-    """The `copy`-th augmented copy of a pair, both sentences perturbed (3.2; paper: m = 10 copies, p = 0.1).
+def augment(pair, perturb, seed, copy):
+    """x', the `copy`-th augmented copy of a pair, both sentences perturbed (3.2).
 
-    It depends on nothing but its arguments: the m copies of a training set need not be kept to be
-    the same in every epoch.
+    perturb: `replace` or `replace_as_authors`, all but sentence and rng bound. x' depends on nothing but the
+    arguments: the m copies of a training set need not be kept to be the same in every epoch.
     """
     rng = random.Random(f'{seed} {copy} {pair.premise} {pair.hypothesis}')
-    premise = replace(pair.premise, neighbours, p, rng)
-    hypothesis = replace(pair.hypothesis, neighbours, p, rng)
-    return Pair(premise, hypothesis, pair.label)
+    return Pair(perturb(pair.premise, rng=rng), perturb(pair.hypothesis, rng=rng), pair.label)
 
 
 class Copies(Sequence):
     """The m augmented copies of the training pairs, made when asked for: row = copy * len(pairs) + pair.
 
-    Raises InputError (with `name`, that of the neighbour file) if no word of the pairs has a synonym:
-    RS-A would be plain training.
+    how: 'paper', each word with probability p (3.2; m = 10, p = 0.1), or 'authors', as their code. Raises
+    InputError (with `name`, that of the neighbour file) if no word of the pairs has a synonym: RS-A would be
+    plain training.
     """
 
-    def __init__(self, pairs, neighbours, *, m=10, p=0.1, seed=42, name='neighbours'):
-        self.pairs, self.neighbours, self.m, self.p, self.seed = pairs, neighbours, m, p, seed
-        if not any(self._has_synonym(pair) for pair in pairs):
+    def __init__(self, pairs, neighbours, *, m=10, p=0.1, how='paper', seed=42, name='neighbours'):
+        self.pairs, self.m, self.seed = pairs, m, seed
+        self.perturb = functools.partial(replace, neighbours=neighbours, p=p)
+        if how == 'authors':
+            self.perturb = functools.partial(replace_as_authors, neighbours=neighbours)
+        words = set()
+        for pair in pairs:
+            text = f'{pair.premise} {pair.hypothesis}'
+            words.update(text.split(' ') if how == 'authors' else find_words(text))
+        if how == 'authors':
+            known = any(neighbours.get(word) for word in words)
+        else:
+            known = any(synonyms_of(word, neighbours) for word in words)
+        if not known:
             raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
                              'english_only keeps: RS-A would be plain training; expected English words')
-
-    def _has_synonym(self, pair):
-        """Whether any word of the pair can be replaced."""
-        text = f'{pair.premise} {pair.hypothesis}'
-        if self.p is None:
-            return any(word in self.neighbours for word in text.split(' '))
-        return any(synonyms_of(word, self.neighbours) for word in find_words(text))
 
     def __len__(self):
         return self.m * len(self.pairs)
 
     def __getitem__(self, row):
         copy, number = divmod(range(len(self))[row], len(self.pairs))
-        return augment(self.pairs[number], self.neighbours, self.p, self.seed, copy)
+        return augment(self.pairs[number], self.perturb, self.seed, copy)
 
 
 def changed_share(copies, sample=1000):
@@ -226,15 +229,13 @@ def show(sentence, neighbours, p, m, seed):
     """Print the synonyms of each word of a sentence, and m augmented copies."""
     for word in find_words(sentence):
         print(f'{word}: {", ".join(synonyms_of(word, neighbours)) or "-"}')
-    for copy in range(m):
-        copied = augment(Pair(sentence, '', None), neighbours, p, seed, copy)
-        print(f'{copy + 1:4}  {copied.premise}')
+    for number, copy in enumerate(Copies([Pair(sentence, '', None)], neighbours, m=m, p=p, seed=seed), 1):
+        print(f'{number:4}  {copy.premise}')
 
 
-def main():
-    """Build a neighbour file, or look at what one does to a sentence."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words=None):
+    """Build a neighbour file, or look at what one does to a sentence. `words`: a command line."""
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add('file', help='word vectors in text form (with -o), or a neighbour file (with --show)')
     what = parser.add_mutually_exclusive_group(required=True)
@@ -248,12 +249,11 @@ def main():
         help='--show: probability that a word is replaced (default: %(default)s)')
     add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
     add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.show is not None:
         show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
         return
-    words, vectors = read_vectors(args.file)
-    neighbours = build(words, vectors, args.k, args.bound)
+    neighbours = build(*read_vectors(args.file), args.k, args.bound)
     with_any = sum(map(bool, neighbours.values()))
     print(f'{args.output}: {len(neighbours):,} words, {with_any:,} with neighbours', file=sys.stderr)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,18 @@
 """Fine-tune a multilingual encoder on English with the paper's four methods, then score every language.
 
     python train.py --task pawsx --method rs_r --eps 0.1
-    python train.py --task sample --method rs_r --eps 0.1       a made-up task, no download
+    python train.py --task sample --method plain rs_r           a made-up task, no download
     python train.py --task pawsx --method plain adv rs_r rs_a --eps 0.001 0.01 0.1 1.0 --seed 1 2 3    Table 1
 
-A run folder holds, in the order in which it is written: args.json, how the run began; a Hugging Face
+A run folder holds, in the order in which it is written: args.json, what the run is; a Hugging Face
 checkpoint, the best by English dev accuracy; state.pt, what a stopped run needs to go on, gone at the end;
 predictions/; and results.json, one line, never changed after: with it the run is finished. The same command
-given again skips what is finished and goes on with what was stopped. Several GPUs:
-torchrun --nproc_per_node N train.py ...
+given again skips what is finished and goes on with what was stopped; started several times at once, it shares
+its runs out. Several GPUs for one run: torchrun --nproc_per_node N train.py ...
 """
 
 import argparse
 import contextlib
-import copy
 import datetime
 import functools
 import hashlib
@@ -22,21 +21,17 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-try:
-    import resource
-except ImportError:         # Windows: the peak memory is not known there
-    resource = None
 
 import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
+from filelock import FileLock, Timeout
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
@@ -44,187 +39,208 @@ from torch.utils.data import DataLoader
 import evaluate
 import robust
 import synonyms
-from data import (NEIGHBOURS, TASKS, InputError, copy_permissions, describe, digest, fetch_neighbours,
-                  in_range, languages_of, path_of, prepare, progress, read_pairs, replacing, run_script)
+from data import (NEIGHBOURS, NEIGHBOURS_SHA256, RANK, TASKS, WORLD, InputError, Parser, copy_permissions,
+                  describe, digest, enough_memory, fetch_neighbours, in_range, languages_of, path_of, prepare,
+                  progress, read_pairs, replacing, run_script)
 
-# XTREME: its published scripts; authors: uclanlp/Robust-XLT, which has RS-A alone. The sample's are ours.
+# Of PAWS-X and XNLI: XTREME's published scripts; the authors' code (uclanlp/Robust-XLT) has the same but for
+# epochs. epochs: XTREME's script (PAWS-X) and its paper (XNLI); epochs_rs_a, over the augmented data, and the
+# neighbour file, whose digest stands here, are the authors'. float32 is ours, and so is all of sample.
+COMMON = {'seed': [42], 'max_length': 128, 'data': 'download', 'dry_run': False}
 DEFAULTS = {
-    #                     pawsx   xnli    sample      source of the first two
-    'lr':                (2e-5,   2e-5,   1e-3),    # XTREME, authors
-    'epochs':            (5,      2,      4),       # pawsx: XTREME's script; xnli: its paper
-    'batch':             (32,     32,     64),      # XTREME, authors: 8 x 4 accumulated
-    'warmup':            (0.0,    0.0,    0.05),    # XTREME, authors
-    'eval_steps':        (200,    1000,   250),     # XTREME, authors
-    'plain_steps':       (0,      0,      750),     # ours: delta from the first step, as 3.1 reads
-    'freeze_embeddings': (False,  False,  True),    # XTREME, authors
-    'float32':           (False,  False,  True),    # ours
+    'pawsx': {'lr': 2e-5, 'epochs': 5, 'epochs_rs_a': 3, 'batch': 32, 'warmup': 0.0, 'eval_steps': 200,
+              'freeze_embeddings': False, 'float32': False, 'synonyms': NEIGHBOURS_SHA256[:16]},
+    'xnli': {'lr': 2e-5, 'epochs': 2, 'epochs_rs_a': 1, 'batch': 32, 'warmup': 0.0, 'eval_steps': 1000,
+             'freeze_embeddings': False, 'float32': False, 'synonyms': NEIGHBOURS_SHA256[:16]},
+    'sample': {'lr': 1e-3, 'epochs': 4, 'epochs_rs_a': 0.4, 'batch': 64, 'warmup': 0.05, 'eval_steps': 250,
+               'freeze_embeddings': True, 'float32': True, 'synonyms': '46401c0147f5a83d',
+               'plain_steps': 750},
 }
-EPOCHS_RS_A = (3, 1, 0.4)               # authors: over the augmented data; the sample's is ours
-EPS = {'adv': [0.001], 'rs_r': [0.1]}               # ours; the paper searches 0.001, 0.01, 0.1 and 1.0
-# All arguments but these decide a run (the files do too: refuse_other).
-PATHS = ('model', 'data', 'synonyms', 'out')
-ASIDE = ('langs', 'float32', 'dry_run')     # the record tells the languages and the dtype that came of it
-
 POOL = 64               # batches that are sorted by length together (ours)
 LOOK = 100              # steps between two looks at the loss: each waits for the GPU (ours)
 # A dev evaluation saves the state if it is the best, the last, or this long after the state before (ours).
 STATE_SECONDS = 300
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))      # as torchrun says
 SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'distance.py')
 
 
 # ---------------------------------------------------------------- the command line
 
+WHOLE, COUNT, RADIUS = in_range(int, 0), in_range(int, 1), in_range(float, 0)
+SHARE, POSITIVE = in_range(float, 0, 1), in_range(float, 1e-9)
+FLAGS = {       # name: type, the choices or bool; what the help says
+    'what to run': {
+        'task': (TASKS, 'sample: a small made-up world that needs no download'),
+        'method': (robust.METHODS, 'plain training; adv: adversarial training (3.1); rs_r: random '
+                   'perturbation, rs_a: synonyms (3.2); one run for each method, eps and seed'),
+        'eps': (RADIUS, 'radius of the L-inf ball; paper: 0.001 0.01 0.1 1.0'),
+        'seed': (in_range(int, 0, 2 ** 63 - 1), 'of every random draw'),
+        'model': (str, f'any Hugging Face encoder, a name or a folder; else {evaluate.MBERT}, of sample its '
+                  'own'),
+        'dry_run': (bool, 'fetch and look at all that the runs read, list them, stop'),
+    },
+    'the method': {
+        'layer': (int, 'where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last; with any but 0 '
+                  'all runs of the command are float32'),
+        'adv_steps': (COUNT, 'sign steps of the inner maximisation'),
+        'plain_steps': (WHOLE, 'begin with so many steps of plain training'),
+        'm': (COUNT, 'augmented copies of each pair'),
+        'p': (SHARE, 'probability that a word is replaced'),
+        'replace': (('paper', 'authors'), 'each word with probability p; or every word, uniform over itself '
+                    'and its synonyms'),
+        'english_only': (bool, 'only synonyms that occur in the English training pairs'),
+        'synonyms': (str, "rs_a: neighbour file; else the authors', fetched into DATA"),
+    },
+    'training': {
+        'epochs': (POSITIVE, 'passes over the training set, of rs_a over its copies'),
+        'lr': (POSITIVE, 'peak learning rate, linear decay to 0'),
+        'warmup': (SHARE, 'share of the steps in which the learning rate rises'),
+        'batch': (COUNT, 'pairs a step, over all GPUs'),
+        'max_length': (in_range(int, 8), 'tokens a pair, at most'),
+        'eval_steps': (COUNT, 'English dev accuracy every so many steps'),
+        'max_steps': (COUNT, 'stop after so many steps, the schedule shortened to them'),
+        'freeze_embeddings': (bool, 'keep the word embeddings as pre-trained'),
+        'float32': (bool, 'no bfloat16, whatever the hardware'),
+    },
+    'data and output': {
+        'data': (str, "folder in XTREME's layout"),
+        'langs': (str, "languages to score, any with a test file; else the task's"),
+        'max_train': (COUNT, 'train on so many pairs only, the first'),
+        'max_eval': (COUNT, 'score so many pairs of each dev and test file only, the first'),
+        'out': (str, 'run folder; of several runs the folder above them; else runs/TASK-RUN, RUN being such '
+                'as rs_r-0.1-seed42'),
+    },
+}
+
+
 def parse_args(words=None):
-    """The command line (or these words of one); what is not given takes the task's default."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    """The command line, or these words of one; None for what is not given. Raises InputError."""
+    parser = Parser(
+        description=__doc__,
         usage='%(prog)s --task TASK --method METHOD [METHOD ...] [options]      (all of them: --help)')
-    whole, count = in_range(int, 0), in_range(int, 1)
-    positive, share = in_range(float, 1e-9), in_range(float, 0, 1)
-
-    def each(values):
-        """A value for each task, in words."""
-        return ', '.join(f'{task} {value}' for task, value in zip(TASKS, values))
-
-    def by_task(name, text, **options):
-        """Add a flag whose default depends on the task; None where it is not given."""
-        add('--' + name.replace('_', '-'), help=f'{text} (default: {each(DEFAULTS[name])})', **options)
-
-    add = parser.add_argument_group('what to run').add_argument
-    add('--task', choices=TASKS, required=True, help='sample: a small made-up world that needs no download')
-    add('--method', choices=robust.METHODS, required=True, nargs='+',
-        help='plain training; adv: adversarial training (3.1); rs_r: random perturbation, rs_a: synonyms '
-        '(3.2); one run for each method, eps and seed')
-    add('--eps', type=in_range(float, 0), nargs='+',
-        help='adv, rs_r: radius of the L-inf ball (default: adv 0.001, rs_r 0.1; paper: 0.001 0.01 0.1 1.0)')
-    add('--seed', type=in_range(int, 0, 2 ** 63 - 1), nargs='+', default=[42],
-        help='of every random draw (default: 42)')
-    add('--model', help=f'any Hugging Face encoder, a name or a folder (default: {evaluate.MBERT}; '
-        'sample: its own)')
-    add('--dry-run', action='store_true', help='fetch and look at all that the runs read, list them, stop')
-
-    add = parser.add_argument_group('the method').add_argument
-    add('--layer', type=int, default=0,
-        help='adv, rs_r: where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last (default: 0); '
-        'with any but 0 all runs of the command are float32')
-    add('--adv-steps', type=count, default=1, help='adv: sign steps of the inner maximisation (default: 1)')
-    by_task('plain_steps', 'adv: begin with N steps of plain training', type=whole, metavar='N')
-    add('--m', type=count, default=10, help='rs_a: augmented copies of each pair (default: 10, the paper\'s)')
-    add('--p', type=share, default=0.1,
-        help='rs_a: probability that a word is replaced (default: 0.1, the paper\'s)')
-    add('--replace', choices=('paper', 'authors'), default='paper',
-        help='rs_a: each word with probability p; or every word, uniform over itself and its synonyms '
-        '(default: paper)')
-    add('--english-only', action='store_true',
-        help='rs_a: only synonyms that occur in the English training pairs')
-    add('--synonyms', metavar='FILE', help='rs_a: neighbour file (default: the authors\', fetched into DATA)')
-
-    add = parser.add_argument_group('training').add_argument
-    by_task('epochs', f'passes over the training set, of rs_a over its copies ({each(EPOCHS_RS_A)})',
-            type=positive)
-    by_task('lr', 'peak learning rate, linear decay to 0', type=positive)
-    by_task('warmup', 'share of the steps in which the learning rate rises', type=share)
-    by_task('batch', 'pairs a step, over all GPUs', type=count)
-    add('--max-length', type=in_range(int, 8), default=128, help='tokens a pair, at most (default: 128)')
-    by_task('eval_steps', 'English dev accuracy every N steps', type=count, metavar='N')
-    add('--max-steps', type=count, metavar='N', help='stop after N steps, the schedule shortened to them')
-    by_task('freeze_embeddings', 'keep the word embeddings as pre-trained',
-            action=argparse.BooleanOptionalAction)
-    by_task('float32', 'no bfloat16, whatever the hardware', action=argparse.BooleanOptionalAction)
-
-    add = parser.add_argument_group('data and output').add_argument
-    add('--data', default='download', help='folder in XTREME\'s layout (default: download)')
-    add('--langs', nargs='+', metavar='LANG',
-        help='languages to score, any with a test file (default: the task\'s)')
-    add('--max-train', type=count, metavar='N', help='train on the first N pairs only')
-    add('--max-eval', type=count, metavar='N', help='score the first N pairs of each dev and test file only')
-    add('--out',
-        help='run folder; of several runs the folder above them (default: runs/TASK-METHOD-EPS-seedSEED)')
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, text) in flags.items():
+            options = {'type': kind} if callable(kind) else {'choices': kind}
+            if kind is bool:
+                options = {'action': argparse.BooleanOptionalAction}
+            if name in ('method', 'eps', 'seed', 'langs'):
+                options['nargs'] = '+'
+            group.add_argument('--' + name.replace('_', '-'), required=name in ('task', 'method'),
+                               default=COMMON.get(name), help=f'{text}{defaults_of(name)}', **options)
     return parser.parse_args(words)
+
+
+def defaults_of(name):
+    """' (default: pawsx 5, xnli 2)', where a task or a method has one for this flag."""
+    found = {task: values[name] for task, values in DEFAULTS.items() if name in values and name != 'synonyms'}
+    for method, (_, own) in robust.METHODS.items():
+        if name in own:
+            found[method] = own[name]
+    each = ', '.join(f'{where} {value}' for where, value in found.items())
+    return f' (default: {each or COMMON[name]})' if found or name in COMMON else ''
 
 
 def runs_of(args):
     """One set of arguments for each run that the command line asks for."""
-    runs = {}       # by name: what is asked for twice, such as plain for two eps, is one run
-    for method in args.method:
-        for eps in args.eps or EPS.get(method, [None]):
-            for seed in args.seed:
-                run = run_of(args, method, eps, seed)
-                if runs.setdefault(name_of(run), run).eps != run.eps:
-                    raise InputError(f'{name_of(run)}: two runs; expected --eps that differ in six digits')
-    for name, run in runs.items():
-        if not args.out or len(runs) > 1:
-            run.out = f'{args.out or "runs"}/{args.task}-{name}'
-    return list(runs.values())
+    runs = []
+    for method, seed in itertools.product(args.method, args.seed):
+        several = args.eps and 'eps' in robust.METHODS[method].own
+        runs += [run_of(args, method, eps, seed) for eps in (args.eps if several else [None])]
+    return runs
 
 
 def run_of(args, method, eps, seed):
-    """The arguments of one run: its task's and method's defaults filled in, what it does not use None."""
-    run = copy.copy(args)
-    run.method, run.eps, run.seed = method, eps, seed
-    for name, by_task in DEFAULTS.items():
-        if name == 'epochs' and method == 'rs_a':
-            by_task = EPOCHS_RS_A
-        if getattr(run, name) is None:
-            setattr(run, name, dict(zip(TASKS, by_task))[run.task])
-    run.model = run.model or evaluate.default_model(run.task, run.data)
-    if method != 'rs_a':
-        run.synonyms = None
-    elif run.synonyms is None:
-        own = 'sample/synonyms.json' if run.task == 'sample' else NEIGHBOURS
-        run.synonyms = f'{run.data}/{own}'
-    for names in robust.METHODS.values():
-        for name in names:
-            if name not in robust.METHODS[method]:
-                setattr(run, name, None)
-    if run.replace == 'authors':
-        run.p = None
+    """The arguments of one run, defaults filled in. `own`: those of its method, and of no other."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    defaults = DEFAULTS[args.task]
+    run = argparse.Namespace(**vars(args) | defaults | given)
+    run.method, run.seed, run.own = method, seed, {}
+    for name, default in robust.METHODS[method].own.items():
+        run.own[name] = given.get(name, defaults.get(name, default))
+    if eps is not None:
+        run.own['eps'] = eps
+    run.model = args.model or evaluate.default_model(args.task, args.data)
+    run.synonyms = None
+    if 'm' in run.own:
+        run.epochs = args.epochs or defaults['epochs_rs_a']
+        file = 'sample/synonyms.json' if args.task == 'sample' else NEIGHBOURS
+        run.synonyms = args.synonyms or f'{args.data}/{file}'
     return run
 
 
-def note_unused(args, runs):
-    """Say which flags were given without effect: those that no run has a use for."""
-    defaults = parse_args(['--task', args.task, '--method', *args.method])
-    for name, value in vars(args).items():
-        given = value != getattr(defaults, name)
-        if given and all(getattr(run, name) is None for run in runs):
-            evaluate.say(f'--{name.replace("_", "-")}: without effect on {" ".join(args.method)}')
+# ---------------------------------------------------------------- identity
+
+def identity_of(run, inputs):
+    """What a run is, made here and nowhere else -> {'setting', 'variant', 'seed', 'name'}.
+
+    setting: what must agree in one table. variant: method, eps, and those of its own arguments that are not
+    its default. name: the variant and the seed, by which folder, row, title and legend go. RS-A's number of
+    steps is its own, as it runs over its copies; that of all others is part of the setting.
+    """
+    setting = {'task': run.task, **inputs.files, 'train_pairs': len(inputs.pairs)}
+    for name in ('lr', 'batch', 'warmup', 'eval_steps', 'max_length', 'max_eval', 'freeze_embeddings'):
+        setting[name] = getattr(run, name)
+    setting['dtype'] = evaluate.short(inputs.dtype)
+    own, usual = dict(run.own), robust.METHODS[run.method].own | DEFAULTS[run.task]
+    steps = steps_of(run, len(inputs.pairs))
+    if 'm' in own:
+        own |= {'synonyms': digest(run.synonyms), 'steps': steps}
+        usual['steps'] = math.ceil(rows_of(usual['epochs_rs_a'], len(inputs.pairs) * own['m']) / run.batch)
+    else:
+        setting['steps'] = steps
+    variant, words = {'method': run.method}, [run.method]
+    for name, value in own.items():
+        if name == 'eps' or value != usual[name]:
+            variant[name] = value
+            words.append(str(value) if name == 'eps' else f'{name}{value}'.removesuffix('True'))
+    return {'setting': setting, 'variant': variant, 'seed': run.seed,
+            'name': '-'.join([*words, f'seed{run.seed}'])}
 
 
-def name_of(run):
-    """What tells a run from the others of its task, such as 'rs_r-0.1-seed42'."""
-    size = '' if run.eps is None else f'-{run.eps:g}'
-    return f'{run.method}{size}-seed{run.seed}'
+def beginning_of(run, inputs):
+    """What is known of a run before it begins: args.json, the first part of its record.
+
+    `made_by` decides nothing, but is said where it differs when a run goes on.
+    """
+    aside = {'own', 'name', 'out', 'epochs_rs_a', *FLAGS['the method']}
+    args = {name: value for name, value in vars(run).items() if name not in aside}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
+    modules = b''.join(Path(__file__).with_name(name).read_bytes() for name in SOURCE)
+    device = f'{platform.machine()}, {torch.get_num_threads()} threads'
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    made_by = {'versions': {'python': platform.python_version()} | versions,
+               'source': hashlib.sha256(modules).hexdigest()[:16], 'device': device, 'processes': WORLD,
+               'paths': {name: getattr(run, name) for name in ('model', 'data', 'synonyms', 'out')}}
+    return identity_of(run, inputs) | {'args': args | run.own, 'made_by': made_by}
 
 
 # ---------------------------------------------------------------- batches
 
-def rows_of(args, pairs):
-    """The number of rows that training takes: epochs x pairs x RS-A's copies, rounded up."""
-    rows = round(args.epochs * pairs * (args.m or 1), 6)        # in floats 0.55 * 3200 is above 1760
-    return max(1, math.ceil(rows))
+def rows_of(epochs, rows):
+    """The number of rows that training takes: epochs x rows (pairs x RS-A's copies), rounded up."""
+    return max(1, math.ceil(round(epochs * rows, 6)))       # in floats 0.55 * 3200 is above 1760
 
 
-def steps_of(args, pairs):
+def steps_of(run, pairs):
     """The number of steps, the last of them perhaps with fewer rows; or max_steps if that is less."""
-    steps = math.ceil(rows_of(args, pairs) / args.batch)
-    return min(steps, args.max_steps or steps)
+    steps = math.ceil(rows_of(run.epochs, pairs * run.own.get('m', 1)) / run.batch)
+    return min(steps, run.max_steps or steps)
 
 
-def plan(pairs, tokenizer, args):
+def plan(pairs, tokenizer, run):
     """The batch of every step, before the first one: a list of lists of row numbers, from the seed.
 
     Each epoch has all rows (RS-A's: m copies of each pair) in an order of its own, and the next one follows
     without a break. Pairs of like length share a batch, which is padded to its longest (ours): pools of 64
     batches are sorted by token count, a copy by that of the original pair, and come in random order.
     """
-    steps = steps_of(args, len(pairs))
-    rows = len(pairs) * (args.m or 1)
-    pool_rows = POOL * args.batch
+    steps = steps_of(run, len(pairs))
+    rows = len(pairs) * run.own.get('m', 1)
+    pool_rows = POOL * run.batch
     # Only the pools of the steps that run: what max_steps cuts off is not drawn.
-    wanted = min(rows_of(args, len(pairs)), math.ceil(steps / POOL) * pool_rows)
-    generator = torch.Generator().manual_seed(args.seed)
+    wanted = min(rows_of(run.epochs, rows), math.ceil(steps / POOL) * pool_rows)
+    generator = torch.Generator().manual_seed(run.seed)
     epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
     order = torch.cat(epochs)[:wanted]
 
@@ -233,7 +249,7 @@ def plan(pairs, tokenizer, args):
     batches = []
     for pool in order.split(pool_rows):
         by_length = pool[tokens[pool % len(pairs)].argsort(stable=True)]
-        of_a_pool = by_length.split(args.batch)
+        of_a_pool = by_length.split(run.batch)
         for i in torch.randperm(len(of_a_pool), generator=generator).tolist():
             batches.append(of_a_pool[i].tolist())
     return batches[:steps]
@@ -269,34 +285,40 @@ def shares_of(batches, rank, world):
 
 # ---------------------------------------------------------------- the loop
 
-def learning_rate(step, steps, args):
+def learning_rate(step, steps, run):
     """Of a step, counted from 1: rises over warmup * steps, then falls to 0, linearly (XTREME, authors)."""
     done = step - 1
-    rising = round(args.warmup * steps)
+    rising = round(run.warmup * steps)
     if done < rising:
-        return args.lr * done / rising
-    return args.lr * (steps - done) / (steps - rising)
+        return run.lr * done / rising
+    return run.lr * (steps - done) / (steps - rising)
 
 
-def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, title='training'):
+def draw(seed, step, name):
+    """A seed of 32 bits for what `name` says: of seed, step and process, so that a stopped run can go on."""
+    return random.Random(f'{seed} {step} {RANK} {name}').getrandbits(32)
+
+
+def train(model, tokenizer, pairs, dev, run, copies=None, dtype=torch.float32, title='training'):
     """min_f of the objective over X_src (section 3): the one training loop, whatever the method.
 
     `pairs` is X_src, `copies` RS-A's m copies of it. Gradient norm clipped at 1.0 (XTREME, authors). Writes
-    the checkpoint best by English dev accuracy and the state to args.out; returns that part of the record.
+    the checkpoint best by English dev accuracy and the state to run.out; returns that part of the record.
     The loss in its history is of that step's batch alone (the first process's share), by the method's own
     objective.
     """
-    batches = plan(pairs, tokenizer, args)
+    batches = plan(pairs, tokenizer, run)
     shares, weights = shares_of(batches, RANK, WORLD)
     steps = len(batches)
-    max_length = evaluate.longest(model, tokenizer, args.max_length)
-    optimizer = adamw(model, args)
-    state = load_state(model, optimizer, args)
+    max_length = evaluate.longest(model, tokenizer, run.max_length)
+    optimizer = adamw(model, run)
+    state = load_state(model, optimizer, run)
     at = state['step']
     loader = loader_of(copies or pairs, shares[at:], tokenizer, max_length, model.device)
-    objective = robust.Objective(model, args, RANK)
-    if WORLD > 1:
-        objective = torch.nn.parallel.DistributedDataParallel(objective)
+    plain, method = robust.METHODS['plain'].objective, robust.METHODS[run.method].objective
+    plain_steps = run.own.get('plain_steps', 0)
+    noise = torch.Generator(model.device)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     dropout = CheapDropout.fitting(model)
     losses = []
     bar = progress(loader, desc=title, unit='step', total=steps, initial=at)
@@ -304,20 +326,23 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
 
     for step, batch in enumerate(bar, at + 1):
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate(step, steps, args)
+            group['lr'] = learning_rate(step, steps, run)
         batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
-        objective.train()
+        torch.manual_seed(draw(run.seed, step, 'dropout'))
+        noise.manual_seed(draw(run.seed, step, 'delta'))
+        objective = method if step > plain_steps else plain
+        wrapped.train()
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32), dropout:
-            loss = objective(batch, step)
+            loss = objective(wrapped, batch, run.own, noise)
         (loss * weights[step - 1]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
         losses.append(loss.detach())
-        due = step % args.eval_steps == 0 or step == steps
+        due = step % run.eval_steps == 0 or step == steps
         if due or step % LOOK == 0:
-            check_losses(losses, batches[:step], len(pairs))
+            check_losses(losses, step)
             shown = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
             bar.set_postfix_str(f'loss {losses[-1]:.3f}{shown}', refresh=False)
             losses.clear()
@@ -331,15 +356,14 @@ def train(model, tokenizer, pairs, dev, args, copies=None, dtype=torch.float32, 
             predicted, _ = evaluate.predict(model, tokenizer, dev, **options)
             accuracy = evaluate.accuracy(evaluate.marks(predicted, dev))        # of English dev, in percent
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
-            # A checkpoint is a method's only if the method made it: adv's plain steps do not count.
-            counts = args.method != 'adv' or step > args.plain_steps
-            best = counts and accuracy > state['best_dev']      # strictly greater, as XTREME
+            # A checkpoint is a method's only if the method made it; strictly greater, as XTREME.
+            best = step > plain_steps and accuracy > state['best_dev']
             if best:
                 state['best_dev'], state['best_step'] = accuracy, step
                 # Before the state: a run killed between the two makes the same checkpoint again.
-                save_checkpoint(model, tokenizer, args.out)
+                save_checkpoint(model, tokenizer, run.out)
             if best or step == steps or time.perf_counter() - saved > STATE_SECONDS:
-                save_state(model, optimizer, state, args)
+                save_state(model, optimizer, state, run)
                 saved = time.perf_counter()
         started = time.perf_counter()
     rate = sum(map(len, batches)) / state['seconds']
@@ -357,21 +381,22 @@ def loader_of(rows, batches, tokenizer, max_length, device):
     return DataLoader(rows, batch_sampler=batches, collate_fn=padded, **ahead)
 
 
-def adamw(model, args):
+def adamw(model, run):
     """AdamW, eps 1e-8, no weight decay (XTREME, authors). What is frozen has no gradient and is skipped."""
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=run.lr, eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def check_losses(losses, batches, pairs):
-    """Raise InputError if a loss is not finite: `losses` of the last of the batches; pairs: how many."""
-    for number, loss in enumerate(torch.stack(losses).tolist(), len(batches) - len(losses)):
+def check_losses(losses, step):
+    """Raise InputError if one of these losses, the last of them that of `step`, is not finite."""
+    for number, loss in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
         if not math.isfinite(loss):
-            lines = ' '.join(str(row % pairs + 1) for row in batches[number])
-            raise InputError(f'step {number + 1}: the loss is {loss}; try a smaller --lr or --eps, or '
-                             f'--float32. Its batch: lines {lines} of train-en.tsv')
+            raise InputError(f'step {number}: the loss is {loss}; try a smaller --lr or --eps, or --float32')
 
 
 # ---------------------------------------------------------------- the run folder
+
+WRITTEN = ('config.json', 'model.safetensors', 'tokenizer.json', 'state.pt', 'predictions', 'results.json')
+
 
 def save_checkpoint(model, tokenizer, out):
     """Write the checkpoint beside, then move it in, file by file: `out` never holds half a file."""
@@ -386,15 +411,15 @@ def save_checkpoint(model, tokenizer, out):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save_state(model, optimizer, state, args):
+def save_state(model, optimizer, state, run):
     """Write state.pt: how far the run is, its weights, AdamW's moments."""
-    with replacing(Path(args.out) / 'state.pt') as part:
+    with replacing(Path(run.out) / 'state.pt') as part:
         torch.save({**state, 'weights': model.state_dict(), 'optimizer': optimizer.state_dict()}, part)
 
 
-def load_state(model, optimizer, args):
+def load_state(model, optimizer, run):
     """How far a stopped run is, its weights and moments put back; of a new run the beginning."""
-    path = Path(args.out) / 'state.pt'
+    path = Path(run.out) / 'state.pt'
     if not path.exists():
         return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0}
     try:
@@ -404,74 +429,40 @@ def load_state(model, optimizer, args):
     except Exception as error:      # whatever a file that is none makes torch raise
         raise InputError(f'{path}: not a state that train.py wrote ({evaluate.first_line(error)}); '
                          'remove it to begin anew') from None
-    evaluate.say(f'{args.out}: goes on after step {state["step"]}')
+    evaluate.say(f'{run.out}: goes on after step {state["step"]}')
     return state
 
 
-def beginning_of(run, inputs):
-    """What is known of a run before it begins: the first part of its record, and all of args.json."""
-    args = {name: value for name, value in vars(run).items() if name not in PATHS + ASIDE}
-    paths = {name: getattr(run, name) for name in PATHS}
-    files = inputs.files | {'synonyms': digest(run.synonyms) if run.synonyms else None}
-    about = {'args': args, 'paths': paths, 'files': files, 'dtype': str(inputs.dtype), 'processes': WORLD}
-
-    versions = {'python': platform.python_version(), 'torch': torch.__version__,
-                'transformers': transformers.__version__, 'tokenizers': tokenizers.__version__}
-    modules = b''.join(Path(__file__).with_name(name).read_bytes() for name in SOURCE)
-    source = hashlib.sha256(modules).hexdigest()[:16]
-    device = f'{platform.machine()}, {torch.get_num_threads()} threads'
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    return about | {'versions': versions, 'source': source, 'device': device}
-
-
 def status_of(out, beginning):
-    """'finished', 'to be resumed' or 'new', and the beginning to record: of a stopped run its own, the paths
-    and files of now, and what it is resumed with.
+    """'finished', 'to be resumed' or 'new', and the beginning to record: of a stopped run its own.
 
-    Raises InputError for another run's result or state, or other files.
+    Raises InputError where the folder holds another run: setting, variant and seed decide.
     """
     folder = Path(out)
-    if (folder / 'results.json').exists():
-        held = evaluate.read_records([out])[0]
-        refuse_other(out, held, beginning)
-        if held['dtype'] != beginning['dtype']:
-            evaluate.say(f'{out}: finished in {held["dtype"]}, not {beginning["dtype"]}')
-        more = [name for name in beginning['files'] if name.startswith('test-') and name not in held['files']]
-        if more:
-            evaluate.say(f'{out}: finished without {", ".join(more)}, which '
-                         f'`python evaluate.py {out} --langs` scores')
-        return 'finished', held
-    if (folder / 'state.pt').exists():
-        try:
-            held = json.loads((folder / 'args.json').read_text())
-            refuse_other(out, held, beginning, 'dtype', 'processes')
-            for name in evaluate.MADE_BY:
-                if held[name] != beginning[name]:
-                    evaluate.say(f'{out}: began with other {name}: {held[name]}, now {beginning[name]}')
-        except (OSError, ValueError, LookupError, TypeError):
-            raise InputError(f'{folder / "args.json"}: not what train.py wrote; name another folder with '
-                             '--out') from None
-        resumed_with = {name: beginning[name] for name in evaluate.MADE_BY}
-        now = {'paths': beginning['paths'], 'files': beginning['files'], 'resumed_with': resumed_with}
-        return 'to be resumed', held | now
-    # One with args.json alone is of a run that was stopped before its first state.
-    if folder.exists() and any(folder.iterdir()) and not (folder / 'args.json').exists():
-        raise InputError(f'{out}: holds something else than a run; name another folder with --out')
-    return 'new', beginning
-
-
-def refuse_other(out, held, beginning, *more):
-    """Raise InputError where two runs differ in what decides them: arguments, files both read, `more`."""
-    theirs = held | held['args'] | held['files']
-    ours = beginning | beginning['args'] | beginning['files']
-    differ = []
-    both = [name for name in beginning['files'] if name in held['files']]
-    for name in [*beginning['args'], *both, *more]:
-        if theirs.get(name) != ours[name]:
-            differ.append(f'{name} {theirs.get(name)}, not {ours[name]}')
+    held = [name for name in WRITTEN if (folder / name).exists()]
+    if not held:
+        return 'new', beginning
+    path = folder / ('results.json' if 'results.json' in held else 'args.json')
+    try:
+        theirs = json.loads(path.read_text())
+        differ = evaluate.differences(theirs['setting'], beginning['setting'])
+        if theirs['name'] != beginning['name']:
+            differ.insert(0, f'{theirs["name"]}, not {beginning["name"]}')
+        made_by = theirs['made_by']
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(f'{folder}: holds {", ".join(held)}, but no {path.name} of this train.py; name '
+                         'another folder with --out') from None
     if differ:
         raise InputError(f'{out}: holds another run ({"; ".join(differ)}); name another folder with --out')
+    if path.name == 'results.json':
+        return 'finished', theirs
+    if 'state.pt' not in held:
+        return 'new', beginning
+    for name, value in beginning['made_by'].items():
+        if made_by.get(name) != value:
+            evaluate.say(f'{out}: began with other {name}: {made_by.get(name)}, now {value}')
+    # The files of now too: a language may have come.
+    return 'to be resumed', theirs | {'setting': beginning['setting'], 'resumed_with': beginning['made_by']}
 
 
 def write_json(path, content):
@@ -480,14 +471,25 @@ def write_json(path, content):
         part.write_text(json.dumps(content, allow_nan=False) + '\n')
 
 
-def peak_memory(device):
-    """Peak memory in GiB: the GPU's allocations, or this process's resident set since it began, or None."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if resource is None:
-        return None
-    unit = 2 ** 20 if sys.platform == 'linux' else 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+@contextlib.contextmanager
+def alone(run, beginning):
+    """The folder's one writer: yields its status and beginning, asked now; None where another process has it.
+
+    Raises InputError where that one makes another run there.
+    """
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / '.lock')
+    try:
+        lock.acquire(timeout=2)         # so long that the other one has said in args.json what it makes
+    except Timeout:
+        status_of(out, beginning)
+        yield None
+        return
+    try:
+        yield status_of(out, beginning)
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------- the runs
@@ -498,7 +500,6 @@ class Inputs(NamedTuple):
     dev: list           # English dev
     langs: list         # to score
     files: dict         # name -> digest; of the encoder also its dropout
-    copies: dict        # run folder of an rs_a -> its synonyms.Copies
     device: torch.device
     dtype: torch.dtype
 
@@ -507,69 +508,64 @@ def read_inputs(args, runs, device, dtype):
     """Everything that the runs will read, looked at before the first of them begins. Raises InputError."""
     prepare(args.data, args.task, langs=args.langs)
     langs = languages_of(args.data, args.task, args.langs)
-    english, files = [], {}
-    for split in ('train', 'dev'):
-        path = path_of(args.data, args.task, split, 'en')
-        pairs, files[path.name] = read_pairs(path, args.task), digest(path)
-        if pairs[0].label is None:
-            raise InputError(f'{path}: no labels; training needs them')
-        evaluate.say(describe(path, pairs))
-        english.append(pairs)
-    for split, lang in itertools.product(('test', 'dev'), langs):
+    read, files = {}, {}
+    for split, lang in [('train', 'en'), ('dev', 'en'), *itertools.product(('test', 'dev'), langs)]:
         path = path_of(args.data, args.task, split, lang)
-        if split == 'test' or path.exists():
-            read_pairs(path, args.task)
-            files[path.name] = digest(path)
-    pairs, dev = english[0][:args.max_train], english[1][:args.max_eval]
+        if split != 'dev' or lang == 'en' or path.exists():
+            read[path.name], files[path.name] = read_pairs(path, args.task), digest(path)
+    pairs, dev = read['train-en.tsv'], read['dev-en.tsv']
+    for name, english in (('train-en.tsv', pairs), ('dev-en.tsv', dev)):
+        evaluate.say(describe(Path(args.data) / args.task / name, english))
+        if english[0].label is None:
+            raise InputError(f'{Path(args.data) / args.task / name}: no labels; training needs them')
+    pairs, dev = pairs[:args.max_train], dev[:args.max_eval]
 
-    layer = args.layer if any(run.layer for run in runs) else 0
+    layer = next((run.own['layer'] for run in runs if run.own.get('layer')), 0)
     model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
     drops = {name: value for name, value in model.config.to_dict().items() if 'drop' in name}
     files['dropout'] = json.dumps(drops, sort_keys=True)        # no part of the weights, but of the training
-    copies = {}
     for run in runs:
         steps = steps_of(run, len(pairs))
-        if run.method == 'adv' and run.plain_steps >= steps:
-            raise InputError(f'--plain-steps {run.plain_steps}: the run has {steps} steps, so that adv would '
-                             f'never begin; expected --plain-steps below {steps}')
-        if run.method == 'rs_a':
+        if run.own.get('plain_steps', 0) >= steps:
+            raise InputError(f'--plain-steps {run.own["plain_steps"]}: the run has {steps} steps, so that '
+                             f'{run.method} would never begin; expected --plain-steps below {steps}')
+        if 'm' in run.own:
             if not args.synonyms:
                 fetch_neighbours(run.synonyms)      # the sample world has its own by now
-            copies[run.out] = copies_of(run, pairs)
-    return Inputs(pairs, dev, langs, files, copies, device, dtype)
+            copies_of(run, pairs)
+    return Inputs(pairs, dev, langs, files, device, dtype)
 
 
 def copies_of(run, pairs):
-    """RS-A's training set, m copies of the pairs."""
+    """RS-A's training set, m copies of the pairs; None for the other methods."""
+    if 'm' not in run.own:
+        return None
     neighbours = synonyms.read_synonyms(run.synonyms)
-    if run.english_only:
+    if run.own['english_only']:
         neighbours = synonyms.english_only(neighbours, pairs)
-    return synonyms.Copies(pairs, neighbours, m=run.m, p=run.p, seed=run.seed, name=run.synonyms)
+    return synonyms.Copies(pairs, neighbours, m=run.own['m'], p=run.own['p'], how=run.own['replace'],
+                           seed=run.seed, name=run.synonyms)
 
 
 def train_and_score(run, beginning, inputs, title):
     """One run, from its beginning to results.json."""
     began = time.perf_counter()
-    out, copies = Path(run.out), inputs.copies.get(run.out)
+    out, copies = Path(run.out), copies_of(run, inputs.pairs)
+    if RANK == 0:
+        write_json(out / 'args.json', beginning)
     torch.manual_seed(run.seed)
     if inputs.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    peak_before = peak_memory(inputs.device)
-    model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
+    model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings)
     model.to(inputs.device)
-    if RANK == 0 and not (out / 'state.pt').exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / 'args.json', beginning)
     trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, title)
     if RANK > 0:
         return
-
     record = beginning | trained | scores_of(run, inputs)
-    record['train_pairs'] = len(inputs.pairs)
     record['changed'] = synonyms.changed_share(copies) if copies else None
-    peak = peak_memory(inputs.device)
-    record['peak_memory_gib'] = peak if peak != peak_before else None       # None: an earlier run set it
+    if inputs.device.type == 'cuda':
+        record['peak_memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
     record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
@@ -582,26 +578,26 @@ def scores_of(run, inputs):
     model, tokenizer = evaluate.load(run.out)
     model.to(inputs.device)
     max_length = evaluate.longest(model, tokenizer, run.max_length)
-    options = {'max_eval': run.max_eval, 'predictions': Path(run.out) / 'predictions' / run.task,
-               'dtype': inputs.dtype, 'max_length': max_length}
-    score = functools.partial(evaluate.score, model, tokenizer, run.task, run.data, inputs.langs, **options)
-    test, dev = score(split='test'), score(split='dev')
-    for note in evaluate.cut_note(column(test, 'cut'), max_length):
-        evaluate.say(note)
-    record = {'test_marks': column(test, 'marks'), 'dev_marks': column(dev, 'marks')}
-    for name, marked in (('test', record['test_marks']), ('dev_all', record['dev_marks'])):
-        record[name] = {lang: evaluate.accuracy(marks) for lang, marks in marked.items()}
-    return record | {'answers': column(test, 'answers'), 'cut': column(test, 'cut'), 'longest': max_length}
-
-
-def column(found, name):
-    """One of the things that `evaluate.score` found -> {language: that}."""
-    return {lang: row[name] for lang, row in found.items()}
+    options = {'max_eval': run.max_eval, 'dtype': inputs.dtype, 'max_length': max_length}
+    record = {'longest': max_length}
+    for split, shown in (('dev', 'dev_all'), ('test', 'test')):
+        scored = evaluate.score(model, tokenizer, run.task, run.data, inputs.langs, split=split, **options)
+        scored = {lang: row for _, lang, row in scored}
+        evaluate.write_predictions(Path(run.out) / 'predictions' / run.task, split, scored)
+        marks = {lang: row['marks'] for lang, row in scored.items()}
+        record[f'{split}_marks'] = marks
+        record[shown] = {lang: evaluate.accuracy(row) if row else None for lang, row in marks.items()}
+    for name in ('answers', 'cut'):
+        record[name] = {lang: row[name] for lang, row in scored.items()}       # of the test files
+    evaluate.say_cut(record['cut'], max_length)
+    return record
 
 
 def start_processes():
     """Where torchrun started this process: join the others."""
     if WORLD == 1:
+        if 'RANK' in os.environ:
+            evaluate.say('RANK is set, but torchrun did not set it: one process')
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
@@ -609,42 +605,71 @@ def start_processes():
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=hours)
 
 
-def main():
-    """Train the runs that are not finished, one after another, and print the tables of all."""
-    args = parse_args()
+def make(run, beginning, inputs, title):
+    """Make a run, unless it is finished or another process is at it -> whether another one is.
+
+    Raises InputError.
+    """
+    again = 'the same command goes on from its last saved state'
+    advice = f'try --freeze-embeddings, or a smaller --batch or --max-length; {again}'
+    try:
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(alone(run, beginning)) if RANK == 0 else None]
+            if WORLD > 1:
+                dist.broadcast_object_list(found)       # the first process decides for all
+            if found[0] is None:
+                return True
+            status, beginning = found[0]
+            if status != 'finished':
+                with enough_memory(advice):
+                    train_and_score(run, beginning, inputs, title)
+        return False
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
+    except (InputError, OSError) as error:
+        raise InputError(f'{run.out}: {error}') from None
+
+
+def main(words=None):
+    """Train the runs that are not finished, one after another, and print the tables of all.
+
+    `words`: a command line, for notebooks. A run that fails does not end the others.
+    """
+    args = parse_args(words)
     runs = runs_of(args)
-    note_unused(args, runs)
     start_processes()
     # After layer 0 comes a LayerNorm, which autocast leaves in float32; after any other a matrix product,
     # whose input it rounds to bfloat16, delta and all.
-    float32 = runs[0].float32 or any(run.layer for run in runs)
+    float32 = runs[0].float32 or any(run.own.get('layer') for run in runs)
     inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
-    unfinished = []
+    beginnings = []
     for run in runs:
-        status, beginning = status_of(run.out, beginning_of(run, inputs))
-        evaluate.say(f'{run.out}: {status}')
-        if status != 'finished':
-            unfinished.append((run, beginning))
+        run.name = identity_of(run, inputs)['name']
+        run.out = args.out if args.out and len(runs) == 1 else f'{args.out or "runs"}/{args.task}-{run.name}'
+        beginnings.append(beginning_of(run, inputs))
+        status, _ = status_of(run.out, beginnings[-1])
+        evaluate.say(f'{run.out}: {status}, {steps_of(run, len(inputs.pairs)):,} steps')
     if args.dry_run:
         return
-    again = 'the same command goes on from its last saved state'
-    for number, (run, beginning) in enumerate(unfinished, 1):
-        title = name_of(run)
-        if len(unfinished) > 1:
-            title = f'run {number} of {len(unfinished)}: {title}'
+    failed, elsewhere = [], []
+    for number, (run, beginning) in enumerate(zip(runs, beginnings), 1):
+        title = run.name if len(runs) == 1 else f'run {number} of {len(runs)}: {run.name}'
         try:
-            train_and_score(run, beginning, inputs, title)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
-        except torch.OutOfMemoryError as error:
-            raise InputError(f'{run.out}: out of GPU memory ({evaluate.first_line(error)}); try '
-                             f'--freeze-embeddings, or a smaller --batch or --max-length; {again}') from None
-        except OSError as error:
-            raise InputError(f'{run.out}: {error}; {again}') from None
-    if RANK == 0:
+            if make(run, beginning, inputs, title):
+                elsewhere.append(run.out)
+        except InputError as error:
+            if WORLD > 1:       # the others are where this one is not
+                raise
+            evaluate.say(str(error))
+            failed.append(str(error))
+    if RANK == 0 and elsewhere:
+        evaluate.say(f'being made by another process: {" ".join(elsewhere)}')
+    elif RANK == 0 and len(failed) < len(runs):
         evaluate.report(evaluate.read_records([run.out for run in runs]))
     if WORLD > 1:
         dist.destroy_process_group()
+    if failed:
+        raise InputError('\n'.join(failed))
 
 
 # ---------------------------------------------------------------- cheap dropout
