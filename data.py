@@ -365,31 +365,24 @@ def prepare(data, task, archives=(), complete=False, langs=None):
     with the other dev files too, and with labels where the test files have none; nothing else is overwritten.
     Of several processes one prepares, the others wait. If all is there, nothing is written, not even a lock.
     """
-    archives = _archives(task, archives)
     folder = Path(data) / task
     if not folder.exists() and (Path(data) / 'train-en.tsv').exists():
         raise InputError(f'{data}: holds train-en.tsv itself; expected the folder above it, with a {task}/')
-    missing = _missing(folder, task, complete, langs)
-    if not missing:
+    releases = {name: release for name, release in RELEASES.items() if release.task == task}
+    given = {Path(path).name: Path(path) for path in archives}
+    for name in given:
+        if name not in releases:
+            raise InputError(f'{given[name]}: expected an archive of {task}: {" or ".join(releases)}')
+    if not _missing(folder, task, complete, langs):
         return
-    with _alone(folder, folder / missing[0]) as part:
+    with _alone(folder) as part:
         missing = _missing(folder, task, complete, langs)   # another process may have prepared it meanwhile
         if missing and not complete and any(folder.glob('*.tsv')):
             absent = f'{folder / missing[0]}: no such file, and nothing is fetched where others are'
             raise InputError(f'{absent}; name the languages there (langs) or complete it: '
                              f'`python data.py {task} --data {data}`')
         if missing:
-            _fill(folder, part, archives, complete)
-
-
-def _archives(task, given):
-    """The task's archives, by name -> the path of one fetched by hand, or None. Raises InputError."""
-    archives = {name: None for name, release in RELEASES.items() if release.task == task}
-    for path in map(Path, given):
-        if path.name not in archives:
-            raise InputError(f'{path}: not an archive of {task}; expected {" or ".join(archives) or "none"}')
-        archives[path.name] = path
-    return archives
+            _fill(folder, part, releases, given, complete)
 
 
 def _missing(folder, task, complete, langs=None):
@@ -411,26 +404,23 @@ def _missing(folder, task, complete, langs=None):
 
 
 @contextlib.contextmanager
-def _alone(path, missing):
+def _alone(path):
     """One process at a time: yields an empty folder beside `path` to write to, gone afterwards."""
     part = path.with_name(f'{path.name}.part')
     lock = path.with_name(f'{path.name}.part.lock')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed
-            part.mkdir()
-            try:
-                yield part
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    lock.unlink()                       # those who wait notice, and lock a new one
-    except OSError as error:
-        raise InputError(f'{missing}: not there, and cannot be written: {error.strerror}') from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed
+        part.mkdir()
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                lock.unlink()                       # those who wait notice, and lock a new one
 
 
-def _fill(folder, part, archives, complete):
+def _fill(folder, part, releases, given, complete):
     """Write what a task's folder lacks to the folder `part`, and move it in once it is whole.
 
     `complete`: archive by archive, so that one that cannot be had does not undo the others.
@@ -440,13 +430,12 @@ def _fill(folder, part, archives, complete):
     folder.mkdir(exist_ok=True)
     if task == 'sample':
         write_sample(part)
-    for name, archive in archives.items():
-        release = RELEASES[name]
+    for name, release in releases.items():
         wanted = [file for file in missing if file.split('-')[0] in release.rows]
         if not wanted:
             continue
-        if archive is None:
-            archive = part / name
+        archive = given.get(name, part / name)
+        if name not in given:
             command = f'`python data.py {task} --data {folder.parent} {name}`'
             _download(release.url, archive, f'give it to {command}; `--task sample` works without a network')
         _convert(archive, release, wanted, part)
@@ -482,7 +471,7 @@ def fetch_neighbours(path):
     path = Path(path)
     if path.exists():
         return
-    with _alone(path, path) as part:
+    with _alone(path) as part:
         if not path.exists():
             _download(NEIGHBOURS_URL, part / path.name, f'keep it as {path}', NEIGHBOURS_SHA256)
             os.replace(part / path.name, path)

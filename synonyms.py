@@ -1,25 +1,18 @@
-"""Synonym sets for RS-A (section 3.2 of the paper): read them, replace words by them, build them.
+"""Synonym sets for RS-A (section 3.2 of the paper): read them, replace words by them.
 
     python synonyms.py FILE.json --show "The cat sat." --p 0.5      see what RS-A does to a sentence
-    python synonyms.py VECTORS.txt -o FILE.json                     build a neighbour file from word vectors
 
-A neighbour file is JSON, word -> list of words, nearest first (Alzantot et al. 2018): the 8 nearest
-words within a squared Euclidean distance of 0.5 in counter-fitted GloVe vectors (Mrksic et al. 2016).
+A neighbour file is JSON, word -> list of words, nearest first. The authors' (Alzantot et al. 2018) has the 8
+nearest words within a squared Euclidean distance of 0.5 in counter-fitted GloVe vectors (Mrksic et al. 2016).
 """
 
 import functools
 import json
 import random
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy
-import torch
-
-from data import (NEIGHBOURS_URL, InputError, Pair, Parser, in_range, progress, read_lines, replacing,
-                  run_script, split_words)
+from data import NEIGHBOURS_URL, InputError, Pair, Parser, in_range, read_lines, run_script, split_words
 
 
 # ---------------------------------------------------------------- read
@@ -182,83 +175,25 @@ def changed_share(copies, sample=1000):
     return changed / max(words, 1)
 
 
-# ---------------------------------------------------------------- build from vectors
-
-def read_vectors(path):
-    """Read word vectors in text form, a word and its floats a line -> words, float32 (words, dimensions)."""
-    expected = 'a word and its vector a line'
-    words, rows = [], []
-    for number, line in enumerate(read_lines(path, expected), 1):
-        word, *numbers = split_words(line) or ['']
-        if number == 1 and len(numbers) == 1:
-            continue        # word2vec's text form begins with the counts
-        try:
-            row = numpy.array(numbers, dtype=numpy.float32)
-        except ValueError as error:
-            raise InputError(f'{path}:{number}: {error}; expected {expected}') from None
-        words.append(word)
-        rows.append(row)
-        if not len(row) or len(row) != len(rows[0]):
-            raise InputError(f'{path}:{number}: {len(row)} numbers; expected {expected}, all of one length')
-        if not numpy.isfinite(row).all():
-            raise InputError(f'{path}:{number}: a number that is not finite; expected {expected}')
-    if not words:
-        raise InputError(f'{path}: no vectors; expected {expected}')
-    return words, numpy.stack(rows)
-
-
-def build(words, vectors, k=8, bound=0.5):
-    """The k nearest words of each word within a squared Euclidean distance of `bound` -> dict, nearest first.
-
-    `vectors`: float32 (words, dimensions). Defaults: Alzantot et al. (2018), whom the paper follows.
-    """
-    vectors = torch.as_tensor(vectors)
-    neighbours = {}
-    for start in progress(range(0, len(words), 512), desc='nearest words', unit='block'):
-        distances = torch.cdist(vectors[start:start + 512], vectors).square()
-        distances.diagonal(start).fill_(torch.inf)      # no word is its own neighbour
-        nearest, columns = distances.topk(min(k, len(words)), largest=False)
-        for word, near, row in zip(words[start:], nearest.tolist(), columns.tolist()):
-            neighbours[word] = [words[j] for j, distance in zip(row, near) if distance <= bound]
-    return neighbours
-
-
 # ---------------------------------------------------------------- show, command line
 
-def show(sentence, neighbours, p, m, seed):
-    """Print the synonyms of each word of a sentence, and m augmented copies."""
-    for word in find_words(sentence):
-        print(f'{word}: {", ".join(synonyms_of(word, neighbours)) or "-"}')
-    for number, copy in enumerate(Copies([Pair(sentence, '', None)], neighbours, m=m, p=p, seed=seed), 1):
-        print(f'{number:4}  {copy.premise}')
-
-
 def main(words=None):
-    """Build a neighbour file, or look at what one does to a sentence. `words`: a command line."""
+    """Print the synonyms of each word of a sentence, and augmented copies. `words`: a command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add('file', help='word vectors in text form (with -o), or a neighbour file (with --show)')
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('-o', '--output', help='write the neighbour file here')
-    what.add_argument('--show', metavar='SENTENCE', help='print augmented copies of this sentence')
-    add('--k', type=in_range(int, 1), default=8,
-        help='-o: neighbours of a word, at most (default: %(default)s)')
-    add('--bound', type=in_range(float, 0), default=0.5,
-        help='-o: squared Euclidean distance, at most (default: %(default)s)')
+    add('file', help='neighbour file')
+    add('--show', metavar='SENTENCE', required=True, help='the sentence')
     add('--p', type=in_range(float, 0, 1), default=0.1,
-        help='--show: probability that a word is replaced (default: %(default)s)')
-    add('--m', type=in_range(int, 1), default=10, help='--show: augmented copies (default: %(default)s)')
-    add('--seed', type=in_range(int, 0), default=42, help='--show: of the draws (default: %(default)s)')
+        help='probability that a word is replaced (default: %(default)s)')
+    add('--m', type=in_range(int, 1), default=10, help='augmented copies (default: %(default)s)')
+    add('--seed', type=in_range(int, 0), default=42, help='of the draws (default: %(default)s)')
     args = parser.parse_args(words)
-    if args.show is not None:
-        show(args.show, read_synonyms(args.file), args.p, args.m, args.seed)
-        return
-    neighbours = build(*read_vectors(args.file), args.k, args.bound)
-    with_any = sum(map(bool, neighbours.values()))
-    print(f'{args.output}: {len(neighbours):,} words, {with_any:,} with neighbours', file=sys.stderr)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output) as part:
-        part.write_text(json.dumps(neighbours, ensure_ascii=False), encoding='utf-8')
+    neighbours, pair = read_synonyms(args.file), Pair(args.show, '', None)
+    for word in find_words(args.show):
+        print(f'{word}: {", ".join(synonyms_of(word, neighbours)) or "-"}')
+    for number in range(args.m):
+        perturb = functools.partial(replace, neighbours=neighbours, p=args.p)
+        print(f'{number + 1:4}  {augment(pair, perturb, args.seed, number).premise}')
 
 
 if __name__ == '__main__':

@@ -395,7 +395,8 @@ def check_losses(losses, step):
 
 # ---------------------------------------------------------------- the run folder
 
-WRITTEN = ('config.json', 'model.safetensors', 'tokenizer.json', 'state.pt', 'predictions', 'results.json')
+WRITTEN = ('config.json', 'model.safetensors', 'tokenizer.json', 'state.pt', 'predictions', 'args.json',
+           'results.json')
 
 
 def save_checkpoint(model, tokenizer, out):
@@ -433,10 +434,11 @@ def load_state(model, optimizer, run):
     return state
 
 
-def status_of(out, beginning):
-    """'finished', 'to be resumed' or 'new', and the beginning to record: of a stopped run its own.
+def status_of(out, beginning, alone=True):
+    """'finished', 'to be resumed' or 'new', and the beginning to record. alone: no other process is at it.
 
-    Raises InputError where the folder holds another run: setting, variant and seed decide.
+    Raises InputError where the folder holds another run: setting, variant and seed decide. One that was
+    stopped before it had saved anything makes way.
     """
     folder = Path(out)
     held = [name for name in WRITTEN if (folder / name).exists()]
@@ -452,7 +454,7 @@ def status_of(out, beginning):
     except (OSError, ValueError, LookupError, TypeError):
         raise InputError(f'{folder}: holds {", ".join(held)}, but no {path.name} of this train.py; name '
                          'another folder with --out') from None
-    if differ:
+    if differ and not (alone and held == ['args.json']):
         raise InputError(f'{out}: holds another run ({"; ".join(differ)}); name another folder with --out')
     if path.name == 'results.json':
         return 'finished', theirs
@@ -461,35 +463,13 @@ def status_of(out, beginning):
     for name, value in beginning['made_by'].items():
         if made_by.get(name) != value:
             evaluate.say(f'{out}: began with other {name}: {made_by.get(name)}, now {value}')
-    # The files of now too: a language may have come.
-    return 'to be resumed', theirs | {'setting': beginning['setting'], 'resumed_with': beginning['made_by']}
+    return 'to be resumed', beginning | {'began_with': theirs.get('began_with', made_by)}
 
 
 def write_json(path, content):
     """Write one line of JSON, whole or not at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, allow_nan=False) + '\n')
-
-
-@contextlib.contextmanager
-def alone(run, beginning):
-    """The folder's one writer: yields its status and beginning, asked now; None where another process has it.
-
-    Raises InputError where that one makes another run there.
-    """
-    out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / '.lock')
-    try:
-        lock.acquire(timeout=2)         # so long that the other one has said in args.json what it makes
-    except Timeout:
-        status_of(out, beginning)
-        yield None
-        return
-    try:
-        yield status_of(out, beginning)
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------- the runs
@@ -606,28 +586,31 @@ def start_processes():
 
 
 def make(run, beginning, inputs, title):
-    """Make a run, unless it is finished or another process is at it -> whether another one is.
+    """Make a run, unless it is finished -> whether another process is at it. Raises InputError.
 
-    Raises InputError.
+    The folder's one writer holds its lock, and asks only then what the folder holds.
     """
     again = 'the same command goes on from its last saved state'
-    advice = f'try --freeze-embeddings, or a smaller --batch or --max-length; {again}'
+    lock, found = FileLock(Path(run.out) / '.lock'), [None]
+    if RANK == 0:       # it decides for all
+        Path(run.out).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=2)     # so long that another writer has said in args.json what it makes
+        found = [(*status_of(run.out, beginning, lock.is_locked), lock.is_locked)]
+    if WORLD > 1:
+        dist.broadcast_object_list(found)
+    status, beginning, alone = found[0]
     try:
-        with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(alone(run, beginning)) if RANK == 0 else None]
-            if WORLD > 1:
-                dist.broadcast_object_list(found)       # the first process decides for all
-            if found[0] is None:
-                return True
-            status, beginning = found[0]
-            if status != 'finished':
-                with enough_memory(advice):
-                    train_and_score(run, beginning, inputs, title)
-        return False
+        if alone and status != 'finished':
+            with enough_memory(f'try --freeze-embeddings, or a smaller --batch or --max-length; {again}'):
+                train_and_score(run, beginning, inputs, title)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
     except (InputError, OSError) as error:
         raise InputError(f'{run.out}: {error}') from None
+    finally:
+        lock.release()
+    return not alone and status != 'finished'
 
 
 def main(words=None):
@@ -658,7 +641,7 @@ def main(words=None):
             if make(run, beginning, inputs, title):
                 elsewhere.append(run.out)
         except InputError as error:
-            if WORLD > 1:       # the others are where this one is not
+            if WORLD > 1 or len(runs) == 1:     # the other processes are where this one is not
                 raise
             evaluate.say(str(error))
             failed.append(str(error))
