@@ -25,7 +25,7 @@ import tarfile
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -38,8 +38,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
 # ---------------------------------------------------------------- what every script needs
 
 # Which of the processes of one run this is, and how many there are: as torchrun says, in full or not at all.
-TORCHRUN = {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(os.environ)
-RANK, WORLD = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if TORCHRUN else (0, 1)
+RANK, WORLD = 0, 1
+if {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+    RANK, WORLD = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
 
 
 class InputError(Exception):
@@ -126,19 +127,21 @@ def replacing(path):
     full disk) passes through and names `path`.
     """
     path = Path(path)
-    target = path.resolve()
-    plain = target.is_file() or not target.exists()
-    # A name of its own: another process may be writing the same file.
-    part = target.with_name(f'{target.stem}.part{os.urandom(4).hex()}{target.suffix}') if plain else path
+    if path.exists() and not path.is_file():
+        part = target = path        # a device or a pipe
+    else:
+        target = path.resolve()
+        # A name of its own, as another process may write the same file; its suffix, as matplotlib reads it.
+        part = target.with_name(f'{target.stem}.part{os.urandom(4).hex()}{target.suffix}')
     try:
         yield part
-        if plain:
+        if part != target:
             os.replace(part, target)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
     finally:
-        if plain:
+        if part != target:
             with contextlib.suppress(OSError):
                 part.unlink()
 
@@ -156,10 +159,11 @@ def enough_memory(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if 'memory' not in f'{error!r}'.lower():
+        # Not any error that speaks of memory: an illegal memory access is a fault of the program.
+        if not re.search('MemoryError|(out of|not enough|allocate) memory|ALLOC_FAILED', repr(error)):
             raise
-        what = (str(error).strip().splitlines() or ['MemoryError'])[0]
-        raise InputError(f'out of memory ({what}); {advice}') from None
+        what = str(error) or 'MemoryError'
+        raise InputError(f'out of memory ({what.splitlines()[0]}); {advice}') from None
 
 
 # ---------------------------------------------------------------- tasks
@@ -186,23 +190,20 @@ TASKS = {
 
 
 def path_of(data, task, split, lang):
-    """DATA/pawsx/test-de.tsv and the like."""
+    """DATA/pawsx/test-de.tsv and the like. Raises InputError if DATA is DATA/TASK: one level too deep."""
+    if (Path(data) / 'train-en.tsv').exists():
+        raise InputError(f'{data}: holds train-en.tsv itself; expected the folder above it, with a {task}/')
     return Path(data) / task / f'{split}-{lang}.tsv'
 
 
 def languages_of(data, task, langs=None):
     """The languages to score -> list of codes: the paper's order first, own languages after it as given.
 
-    langs None: the task's own. Else any codes for which DATA/TASK holds test-CODE.tsv; InputError names
-    the file that is not there.
+    langs None: the task's own. Else any codes for which DATA/TASK holds test-CODE.tsv.
     """
-    languages = list(TASKS[task].languages)
+    languages = TASKS[task].languages
     if langs is None:
-        return languages
-    for lang in langs:
-        path = path_of(data, task, 'test', lang)
-        if not path.exists():
-            raise InputError(f'{path}: no such file; expected premise TAB hypothesis TAB label in {lang!r}')
+        return list(languages)
     return [lang for lang in dict.fromkeys([*languages, *langs]) if lang in langs]
 
 
@@ -249,15 +250,13 @@ def read_pairs(path, task):
     first = lines[0].lower().split('\t')
     if {'sentence1', 'gold_label', 'premise', 'hypo'} & set(first):
         raise InputError(f'{path}:1: a header; expected {expected}')
-    columns = len(first)
-    if columns not in (2, 3):
-        raise InputError(f'{path}:1: {columns} columns; expected {expected}')
     pairs = []
     for number, line in enumerate(lines, 1):
         cells = line.split('\t')
-        if len(cells) != columns:
-            raise InputError(f'{path}:{number}: {len(cells)} columns; expected {columns}, as in line 1')
-        premise, hypothesis, label = cells if columns == 3 else [*cells, None]
+        if len(cells) not in (2, 3) or len(cells) != len(first):
+            columns = f'{len(cells)} columns, {len(first)} in line 1'
+            raise InputError(f'{path}:{number}: {columns}; expected {expected}')
+        premise, hypothesis, label = [*cells, None][:3]
         if label not in ids:
             raise InputError(f'{path}:{number}: label {label!r}; expected one of {", ".join(labels)}')
         pairs.append(Pair(_unquote(premise), _unquote(hypothesis), ids[label]))
@@ -298,59 +297,27 @@ def describe(path, pairs):
 # ---------------------------------------------------------------- the public releases
 
 class Release(NamedTuple):
-    """An archive of a task: where it lies, the rows that each of its splits has, and its reader."""
+    """An archive of the public release. Its files have a header, and other columns than XTREME's."""
     task: str
     url: str
-    rows: dict          # split -> rows per language
-    read: Callable      # archive -> {'dev-de.tsv': rows [premise, hypothesis, label], ...}
-
-
-def _raw_rows(content):
-    """The rows of a raw file: without its header, each cell stripped, as XTREME's script does it."""
-    rows = []
-    for line in content.decode().split('\n')[1:]:
-        if line.strip():
-            rows.append([cell.strip() for cell in line.split('\t')])
-    return rows
-
-
-def read_pawsx(archive):
-    """x-final.tar.gz, x-final/LANG/{train,dev_2k,test_2k}.tsv: id, sentence1, sentence2, label."""
-    files = {}
-    with tarfile.open(archive, 'r:gz') as source:
-        for member in source:       # read one by one and never extracted: no path in an archive can escape
-            match = re.fullmatch(r'x-final/(\w+)/(train|dev|test)(_2k)?\.tsv', member.name)
-            if match:
-                rows = _raw_rows(source.extractfile(member).read())
-                files[f'{match[2]}-{match[1]}.tsv'] = [cells[1:4] for cells in rows]
-    return files
-
-
-def read_xnli(archive):
-    """XNLI-1.0.zip, XNLI-1.0/xnli.{dev,test}.tsv: language, gold label, ..., sentences in columns 7 and 8."""
-    files = {}
-    with zipfile.ZipFile(archive) as source:
-        for split in ('dev', 'test'):
-            for cells in _raw_rows(source.read(f'XNLI-1.0/xnli.{split}.tsv')):
-                rows = files.setdefault(f'{split}-{cells[0]}.tsv', [])
-                rows.append([cells[6], cells[7], cells[1]])
-    return files
-
-
-def read_xnli_train(archive):
-    """XNLI-MT-1.0.zip, XNLI-MT-1.0/multinli/multinli.train.en.tsv: premise, hypothesis, label."""
-    with zipfile.ZipFile(archive) as source:
-        rows = _raw_rows(source.read('XNLI-MT-1.0/multinli/multinli.train.en.tsv'))
-    return {'train-en.tsv': [cells[:3] for cells in rows]}
+    rows: dict          # split -> rows of a language
+    files: dict         # split -> its file in the archive, {} for the language
+    begins: str         # what a line of a language begins with, where a file holds all of them
+    columns: tuple      # those of premise, hypothesis and label
 
 
 RELEASES = {
-    'x-final.tar.gz': Release('pawsx', 'https://storage.googleapis.com/paws/pawsx/x-final.tar.gz',
-                              {'train': 49401, 'dev': 2000, 'test': 2000}, read_pawsx),
-    'XNLI-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip',
-                            {'dev': 2490, 'test': 5010}, read_xnli),
-    'XNLI-MT-1.0.zip': Release('xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip',
-                               {'train': 392702}, read_xnli_train),
+    'x-final.tar.gz': Release(
+        'pawsx', 'https://storage.googleapis.com/paws/pawsx/x-final.tar.gz',
+        {'train': 49401, 'dev': 2000, 'test': 2000},
+        {'train': 'x-final/{}/train.tsv', 'dev': 'x-final/{}/dev_2k.tsv', 'test': 'x-final/{}/test_2k.tsv'},
+        '', (1, 2, 3)),
+    'XNLI-1.0.zip': Release(
+        'xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-1.0.zip', {'dev': 2490, 'test': 5010},
+        {'dev': 'XNLI-1.0/xnli.dev.tsv', 'test': 'XNLI-1.0/xnli.test.tsv'}, '{}\t', (6, 7, 1)),
+    'XNLI-MT-1.0.zip': Release(
+        'xnli', 'https://dl.fbaipublicfiles.com/XNLI/XNLI-MT-1.0.zip', {'train': 392702},
+        {'train': 'XNLI-MT-1.0/multinli/multinli.train.{}.tsv'}, '', (0, 1, 2)),
 }
 NEIGHBOURS = 'synonyms/counterfitted_neighbors.json'        # under DATA
 NEIGHBOURS_URL = 'https://raw.githubusercontent.com/uclanlp/Robust-XLT/master/counterfitted_neighbors.json'
@@ -365,34 +332,32 @@ def prepare(data, task, archives=(), complete=False, langs=None):
     with the other dev files too, and with labels where the test files have none; nothing else is overwritten.
     Of several processes one prepares, the others wait. If all is there, nothing is written, not even a lock.
     """
-    folder = Path(data) / task
-    if not folder.exists() and (Path(data) / 'train-en.tsv').exists():
-        raise InputError(f'{data}: holds train-en.tsv itself; expected the folder above it, with a {task}/')
+    folder = path_of(data, task, 'train', 'en').parent
     releases = {name: release for name, release in RELEASES.items() if release.task == task}
     given = {Path(path).name: Path(path) for path in archives}
     for name in given:
         if name not in releases:
             raise InputError(f'{given[name]}: expected an archive of {task}: {" or ".join(releases)}')
-    if not _missing(folder, task, complete, langs):
+    if not _missing(folder, complete, langs):
         return
     with _alone(folder) as part:
-        missing = _missing(folder, task, complete, langs)   # another process may have prepared it meanwhile
-        if missing and not complete and any(folder.glob('*.tsv')):
-            absent = f'{folder / missing[0]}: no such file, and nothing is fetched where others are'
-            raise InputError(f'{absent}; name the languages there (langs) or complete it: '
-                             f'`python data.py {task} --data {data}`')
-        if missing:
+        if complete or not any(folder.glob('*.tsv')):       # another process may have prepared it meanwhile
             _fill(folder, part, releases, given, complete)
+    missing = _missing(folder, complete, langs)
+    if missing:
+        absent = f'{folder / missing[0]}: no such file, and nothing is fetched where others are'
+        raise InputError(f'{absent}; name the languages there (langs) or complete it: '
+                         f'`python data.py {task} --data {data}`')
 
 
-def _missing(folder, task, complete, langs=None):
+def _missing(folder, complete, langs=None):
     """The names of a run's files that are not there. `complete`: the task's, also tests without labels."""
+    task = folder.name
     languages = TASKS[task].languages
-    names = ['train-en.tsv']
+    names = ['model', 'synonyms.json'] if task == 'sample' else []
+    names += ['train-en.tsv']
     names += [f'dev-{lang}.tsv' for lang in (languages if complete else ['en'])]
     names += [f'test-{lang}.tsv' for lang in langs or languages]
-    if task == 'sample':
-        names += ['synonyms.json', 'model']
     missing = []
     for name in names:
         path = folder / name
@@ -404,11 +369,11 @@ def _missing(folder, task, complete, langs=None):
 
 
 @contextlib.contextmanager
-def _alone(path):
-    """One process at a time: yields an empty folder beside `path` to write to, gone afterwards."""
-    part = path.with_name(f'{path.name}.part')
-    lock = path.with_name(f'{path.name}.part.lock')
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _alone(folder):
+    """One process at a time: makes `folder`; yields an empty one beside it to write to, gone afterwards."""
+    part = folder.with_name(f'{folder.name}.part')
+    lock = folder.with_name(f'{folder.name}.part.lock')
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed
         part.mkdir()
@@ -425,20 +390,17 @@ def _fill(folder, part, releases, given, complete):
 
     `complete`: archive by archive, so that one that cannot be had does not undo the others.
     """
-    task = folder.name
-    missing = _missing(folder, task, True)      # of a run too: it comes in the same archives
-    folder.mkdir(exist_ok=True)
-    if task == 'sample':
+    missing = _missing(folder, True)        # of a run too: it comes in the same archives
+    if folder.name == 'sample':
         write_sample(part)
     for name, release in releases.items():
         wanted = [file for file in missing if file.split('-')[0] in release.rows]
-        if not wanted:
-            continue
         archive = given.get(name, part / name)
-        if name not in given:
-            command = f'`python data.py {task} --data {folder.parent} {name}`'
+        if wanted and name not in given:
+            command = f'`python data.py {release.task} --data {folder.parent} {name}`'
             _download(release.url, archive, f'give it to {command}; `--task sample` works without a network')
-        _convert(archive, release, wanted, part)
+        for file in wanted:
+            _convert(archive, release, part / file)
         if complete:
             _move(part, folder, wanted)
     _move(part, folder, missing)
@@ -451,19 +413,36 @@ def _move(part, folder, names):
             os.replace(part / name, folder / name)
 
 
-def _convert(archive, release, wanted, part):
-    """Write the wanted files of an archive to the folder `part` in XTREME's layout, and check them."""
+def _convert(archive, release, path):
+    """Write one file of an archive in XTREME's layout, and check it."""
+    split, lang = path.stem.split('-')
     try:
-        files = release.read(archive)
+        rows = _read_rows(archive, release, split, lang)
     except Exception as error:      # a broken archive raises any of a dozen
         raise InputError(f'{archive}: not the archive of {release.url} ({error}); fetch it again') from None
-    for name in wanted:
-        rows = files.get(name, [])
-        expected = release.rows[name.split('-')[0]]
-        if len(rows) != expected:
-            raise InputError(f'{archive}: {len(rows)} rows for {name}, expected {expected}; fetch it again')
-        write_pairs(part / name, rows)
-        read_pairs(part / name, release.task)
+    expected = release.rows[split]
+    if len(rows) != expected:
+        raise InputError(f'{archive}: {len(rows)} rows for {path.name}, expected {expected}; fetch it again')
+    write_pairs(path, rows)
+    read_pairs(path, release.task)
+
+
+def _read_rows(archive, release, split, lang):
+    """Rows [premise, hypothesis, label] of a split and language, cells stripped as XTREME's script does."""
+    name = release.files[split].format(lang)
+    # Read and never extracted: no path in an archive can escape.
+    if archive.suffix == '.zip':
+        with zipfile.ZipFile(archive) as source:
+            content = source.read(name)
+    else:
+        with tarfile.open(archive, 'r:gz') as source:
+            content = source.extractfile(name).read()
+    rows = []
+    for line in content.decode().split('\n')[1:]:
+        if line.strip() and line.startswith(release.begins.format(lang)):
+            cells = line.split('\t')
+            rows.append([cells[column].strip() for column in release.columns])
+    return rows
 
 
 def fetch_neighbours(path):
@@ -471,10 +450,9 @@ def fetch_neighbours(path):
     path = Path(path)
     if path.exists():
         return
-    with _alone(path) as part:
-        if not path.exists():
-            _download(NEIGHBOURS_URL, part / path.name, f'keep it as {path}', NEIGHBOURS_SHA256)
-            os.replace(part / path.name, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        _download(NEIGHBOURS_URL, part, f'keep it as {path}', NEIGHBOURS_SHA256)
 
 
 def _download(url, path, by_hand, sha256=None):
@@ -544,9 +522,9 @@ def _sample_pair(concepts, rng):
     if label == 'different':
         other = rng.choice([concept for concept in concepts if concept not in first])
         second[rng.randrange(SAMPLE_WORDS)] = other
-    premise = [rng.choice(concept) for concept in first]
-    hypothesis = [rng.choice(concept) for concept in second]
-    return ' '.join(premise), ' '.join(hypothesis), label
+    premise = ' '.join([rng.choice(concept) for concept in first])
+    hypothesis = ' '.join([rng.choice(concept) for concept in second])
+    return premise, hypothesis, label
 
 
 def _translate(text, lang):

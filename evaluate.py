@@ -125,22 +125,26 @@ def from_pretrained(name, **options):
         raise InputError(f'{name}: an encoder-decoder; expected an encoder, such as {MBERT}')
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    for setting in ('local_files_only', 'trust_remote_code', 'is_local'):
+        tokenizer.init_kwargs.pop(setting, None)        # the loader's own, no part of a checkpoint
     resized = [key for key, *_ in info['mismatched_keys']]
     return config, model, tokenizer, sorted([*info['missing_keys'], *resized])
 
 
 def check_encoder(name, model, tokenizer, layer=0):
     """Raise InputError where tokenizer and encoder cannot classify pairs, or delta does not reach `layer`."""
-    check_vocabulary(name, model, tokenizer)
     special = tokenizer.num_special_tokens_to_add
     if special(pair=True) <= special(pair=False):
         raise InputError(f'{name}: its tokenizer puts nothing between the two sentences of a pair; '
                          'use another encoder')
     try:    # now, before hours are spent
+        check_vocabulary(name, model, tokenizer)
         pair = tokenizer('one two', 'three', padding=True, return_tensors='pt')
         delta = robust.uniform_delta(model, pair, 0.0, layer)
         with torch.no_grad(), robust.perturbed(model.eval(), delta, layer):
             model(**pair)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f'{name}: a trial with one pair of sentences failed: {first_line(error)}') from None
 
@@ -435,7 +439,7 @@ def read_records(names):
     neither is passed over with a line; InputError where nothing is left.
     """
     records = []
-    for path in map(Path, names):
+    for path in dict.fromkeys(map(Path, names)):
         file = path if path.suffix == '.jsonl' else path / 'results.json'
         if not file.exists():
             say(f'{path}: no finished run of train.py; passed over')
@@ -466,13 +470,21 @@ def differences(setting, other):
     return words
 
 
+def agreed(table):
+    """What the runs of a table agree in: all that any of their settings names."""
+    setting = {}
+    for record in table:
+        setting |= record['setting']
+    return setting
+
+
 def tables_of(records):
     """Records whose settings agree -> list of lists, a table each; the same run counts once."""
     tables = []
     # Last those whose number of steps is not part of their setting: they fit where the others stand.
     for record in sorted(records, key=lambda record: 'steps' not in record['setting']):
         for table in tables:
-            if not any(differences(record['setting'], other['setting']) for other in table):
+            if not differences(record['setting'], agreed(table)):
                 break
         else:
             table = []
@@ -489,7 +501,7 @@ def one_table(records):
     """The table that all records form, the same run once. Raises InputError where they form several."""
     table, *others = tables_of(records)
     if others:
-        why = '; '.join(differences(others[0][0]['setting'], table[0]['setting']))
+        why = '; '.join(differences(agreed(others[0]), agreed(table)))
         raise InputError(f'{others[0][0]["where"]} does not belong with {table[0]["where"]}: {why}; expected '
                          'runs that differ in method, its arguments and seed alone')
     return table
@@ -734,7 +746,7 @@ def report(records):
     """Print Tables 1 and 2 from records, a table for each setting."""
     first = {}      # by task, the setting of its first table
     for table in tables_of(records):
-        setting = table[0]['setting']
+        setting = agreed(table)
         other = first.setdefault(setting['task'], setting)
         if other != setting:
             print(f'Other runs of {setting["task"]}: {"; ".join(differences(setting, other))}\n')
@@ -769,12 +781,11 @@ def parse_args(words=None):
     args.asked = ' '.join(sys.argv[1:] if words is None else words)
     beyond = args.generalized or args.smooth or args.regions
     args.anew = beyond or args.langs or args.data or args.max_eval or args.predictions
-    for name in ('eps', 'radii', 'steps', 'output', 'batch'):
-        if not args.anew and getattr(args, name) != parser.get_default(name):
-            parser.error(f'--{name}: nothing is measured; expected one of --langs --data --max-eval '
-                         '--predictions --generalized --smooth --regions beside it')
-    if args.output and not args.regions or args.predictions and beyond:
-        parser.error('-o is the picture of --regions; --predictions are those of one pass without noise')
+    needed = {'eps': args.smooth, 'radii': args.regions, 'steps': args.regions, 'output': args.regions,
+              'predictions': not beyond, 'batch': args.anew}
+    for name, used in needed.items():
+        if not used and getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name} does not go with what is asked')
     return args
 
 
@@ -798,6 +809,8 @@ def find_runs(args):
         for lang in record['langs']:
             task = record['setting']['task']
             read_pairs(path_of(record['data'], task, 'test', lang), task)
+    if args.predictions:
+        Path(args.predictions).mkdir(parents=True, exist_ok=True)
     return records
 
 
@@ -836,7 +849,7 @@ def measure(record, args):
             scores = averaged(accuracies([{'test_marks': marked}], langs))[0]
             lines.append((row, as_cells(langs, scores)))
             averages[row] = scores[-1].item()
-            say_cut({lang: one['cut'] for lang, one in scored.items()}, record['args']['max_length'])
+            say_cut({lang: one['cut'] for lang, one in scored.items()}, record['longest'])
         above = f'{record["where"]}, {record["setting"]["task"]}, accuracy in percent; {args.asked}'
         print(render([above], [*langs, 'avg.'], lines, []))
     return found, averages

@@ -136,18 +136,10 @@ class Copies(Sequence):
 
     def __init__(self, pairs, neighbours, *, m=10, p=0.1, how='paper', seed=42, name='neighbours'):
         self.pairs, self.m, self.seed = pairs, m, seed
-        self.perturb = functools.partial(replace, neighbours=neighbours, p=p)
-        if how == 'authors':
-            self.perturb = functools.partial(replace_as_authors, neighbours=neighbours)
-        words = set()
-        for pair in pairs:
-            text = f'{pair.premise} {pair.hypothesis}'
-            words.update(text.split(' ') if how == 'authors' else find_words(text))
-        if how == 'authors':
-            known = any(neighbours.get(word) for word in words)
-        else:
-            known = any(synonyms_of(word, neighbours) for word in words)
-        if not known:
+        ways = {'paper': functools.partial(replace, neighbours=neighbours, p=p),
+                'authors': functools.partial(replace_as_authors, neighbours=neighbours)}
+        self.perturb = ways[how]
+        if not any(_has_synonym(pair, neighbours, how) for pair in pairs):
             raise InputError(f'{name}: no word of the training pairs has a synonym in it, or none that '
                              'english_only keeps: RS-A would be plain training; expected English words')
 
@@ -157,6 +149,14 @@ class Copies(Sequence):
     def __getitem__(self, row):
         copy, number = divmod(range(len(self))[row], len(self.pairs))
         return augment(self.pairs[number], self.perturb, self.seed, copy)
+
+
+def _has_synonym(pair, neighbours, how):
+    """Whether any word of a pair can be replaced: looked up as that way of replacing does it."""
+    text = f'{pair.premise} {pair.hypothesis}'
+    if how == 'authors':
+        return any(map(neighbours.get, text.split(' ')))
+    return any(synonyms_of(word, neighbours) for word in find_words(text))
 
 
 def changed_share(copies, sample=1000):

@@ -127,6 +127,11 @@ def parse_args(words=None):
                 options['nargs'] = '+'
             group.add_argument('--' + name.replace('_', '-'), required=name in ('task', 'method'),
                                default=COMMON.get(name), help=f'{text}{defaults_of(name)}', **options)
+    known = set(itertools.chain(*FLAGS.values()))
+    for method in robust.METHODS.values():      # of one that is not the paper's
+        for name in method.own.keys() - known:
+            known.add(name)
+            parser.add_argument('--' + name.replace('_', '-'), type=type(method.own[name]))
     return parser.parse_args(words)
 
 
@@ -137,7 +142,8 @@ def defaults_of(name):
         if name in own:
             found[method] = own[name]
     each = ', '.join(f'{where} {value}' for where, value in found.items())
-    return f' (default: {each or COMMON[name]})' if found or name in COMMON else ''
+    each = each or str(COMMON.get(name, '')).strip('[]')
+    return f' (default: {each})' if each else ''
 
 
 def runs_of(args):
@@ -606,7 +612,9 @@ def make(run, beginning, inputs, title):
                 train_and_score(run, beginning, inputs, title)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
-    except (InputError, OSError) as error:
+    except OSError as error:
+        raise InputError(f'{run.out}: {error.filename}: {error.strerror}; {again}') from None
+    except InputError as error:
         raise InputError(f'{run.out}: {error}') from None
     finally:
         lock.release()
@@ -645,6 +653,7 @@ def main(words=None):
                 raise
             evaluate.say(str(error))
             failed.append(str(error))
+    elsewhere = [out for out in elsewhere if not (Path(out) / 'results.json').exists()]
     if RANK == 0 and elsewhere:
         evaluate.say(f'being made by another process: {" ".join(elsewhere)}')
     elif RANK == 0 and len(failed) < len(runs):

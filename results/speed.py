@@ -9,11 +9,11 @@ pairs, three times; the medians are printed, on a GPU with each method's peak me
 kept.
 """
 
+import argparse
 import copy
 import random
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
@@ -27,13 +27,12 @@ ROUNDS = 3
 STEPS = 300 if torch.cuda.is_available() else 16
 
 
-def xtreme_way(args, pairs):
+def xtreme_way(run, pairs, device):
     """XTREME's way -> pairs per second of training, of evaluation."""
-    device, _ = evaluate.choose_device()
-    model, tokenizer = evaluate.load_encoder(args.model, args.task)
+    model, tokenizer = evaluate.load_encoder(run.model, run.task)
     model.to(device)
-    optimizer = train.adamw(model, args)
-    max_length = evaluate.longest(model, tokenizer, args.max_length)
+    optimizer = train.adamw(model, run)
+    max_length = evaluate.longest(model, tokenizer, run.max_length)
     premises, hypotheses, labels = zip(*pairs)
     encoded = tokenizer(list(premises), list(hypotheses), truncation=True, max_length=max_length,
                         padding='max_length', return_tensors='pt')
@@ -57,7 +56,7 @@ def xtreme_way(args, pairs):
     return rates
 
 
-def work_of(model, tokenizer, pairs, args):
+def work_of(model, tokenizer, pairs, run):
     """What plain training cannot do without -> operations of a pair's forward pass, bytes a step.
 
     Operations: floating-point, of matrix products, in batches padded as in training; the way back has twice
@@ -66,9 +65,8 @@ def work_of(model, tokenizer, pairs, args):
     """
     shapes = copy.deepcopy(model).to('meta')        # counting needs no numbers
     shapes.set_attn_implementation('eager')
-    max_length = evaluate.longest(model, tokenizer, args.max_length)
-    epoch = copy.copy(args)
-    epoch.epochs, epoch.max_steps, epoch.m = 1, None, None
+    max_length = evaluate.longest(model, tokenizer, run.max_length)
+    epoch = argparse.Namespace(**vars(run) | {'epochs': 1, 'max_steps': None, 'own': {}})
     with FlopCounterMode(display=False) as counter:
         for rows in train.plan(pairs, tokenizer, epoch):
             batch = train.collate([pairs[row] for row in rows], tokenizer, max_length)
@@ -91,28 +89,27 @@ def rates_of(device, dtype):
     return rates
 
 
-def ours(run, inputs, folder):
-    """This program's way -> pairs per second of training with the run's method, peak memory in GiB."""
-    run = copy.copy(run)
-    run.max_steps = run.eval_steps = STEPS
-    copies = inputs.copies.get(run.out)
-    pairs = copies.pairs if copies else inputs.pairs
-    with tempfile.TemporaryDirectory(dir=folder) as run.out:
-        model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings, run.layer or 0)
-        model.to(inputs.device)
-        if inputs.device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats()
+def ours(run, pairs, inputs):
+    """This program's way -> pairs per second of training with the run's method, peak memory in GiB or nan."""
+    run = argparse.Namespace(**vars(run) | {'max_steps': STEPS, 'eval_steps': STEPS})
+    copies = train.copies_of(run, pairs)
+    model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings)
+    model.to(inputs.device)
+    on_gpu = inputs.device.type == 'cuda'
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as run.out:
         found = train.train(model, tokenizer, pairs, pairs[:1], run, copies, inputs.dtype, run.method)
-    return found['pairs_per_second'], train.peak_memory(inputs.device)
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else float('nan')
+    return found['pairs_per_second'], peak
 
 
-def one_round(runs, inputs, folder):
+def one_round(runs, inputs):
     """Everything once -> name -> pairs per second, or what its name says."""
     found = {}
     first = runs[0]
     chosen = random.Random(0).sample(inputs.pairs, min(len(inputs.pairs), 32 * STEPS))
-    inputs = inputs._replace(pairs=chosen)
-    found['training, XTREME'], found['evaluation, XTREME'] = xtreme_way(first, chosen)
+    found['training, XTREME'], found['evaluation, XTREME'] = xtreme_way(first, chosen, inputs.device)
     found['products'], found['copies'] = rates_of(inputs.device, inputs.dtype)
     model, tokenizer = evaluate.load_encoder(first.model, first.task, first.freeze_embeddings)
     model.to(inputs.device)
@@ -123,38 +120,35 @@ def one_round(runs, inputs, folder):
     found['evaluation'] = len(chosen) / (time.perf_counter() - started)
     del model           # else it would count in the peaks
     for run in runs:
-        found[f'training, {run.method}'], found[f'memory, {run.method}'] = ours(run, inputs, folder)
+        found[f'training, {run.method}'], found[f'memory, {run.method}'] = ours(run, chosen, inputs)
     return found
 
 
-def main():
+def main(words=None):
     """Time everything, and print each rate beside its baseline and, for plain and evaluation, the floor."""
-    args = train.parse_args()
+    args = train.parse_args(words)
     runs = train.runs_of(args)
     inputs = train.read_inputs(args, runs, *evaluate.choose_device(runs[0].float32))
-    rounds = []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(ROUNDS):
-            rounds.append(one_round(runs, inputs, Path(folder)))
-    rates = {}
+    rounds = [one_round(runs, inputs) for _ in range(ROUNDS)]
+    median = {}
     for name in rounds[0]:
-        rates[name] = sorted(found[name] for found in rounds)[ROUNDS // 2]
-    names = 'forward', 'moved', 'products', 'copies'
-    forward, moved, products, copies = (rates.pop(name) for name in names)
-    peaks = {name: rates.pop(name) for name in list(rates) if name.startswith('memory')}
-    print(f'floor: 3 x {forward / 1e9:.3g} GFLOP a pair at {products / 1e9:.3g} GFLOP/s, '
-          f'{moved / 1e9:.3g} GB a step at {copies / 1e9:.3g} GB/s')
-    step = moved / copies / runs[0].batch
-    floor = {'training, plain': 1 / (3 * forward / products + step), 'evaluation': products / forward}
-    for name, rate in rates.items():
-        kind = name.split(',')[0]
-        line = f'{name:20} {rate:8.1f} pairs/s, {rate / rates[f"{kind}, XTREME"]:5.2f} times XTREME\'s'
+        median[name] = sorted(found[name] for found in rounds)[ROUNDS // 2]
+    step = median['moved'] / median['copies'] / runs[0].batch       # seconds a pair
+    floor = {'training, plain': 1 / (3 * median['forward'] / median['products'] + step),
+             'evaluation': median['products'] / median['forward']}
+    print(f'floor: 3 x {median["forward"] / 1e9:.3g} GFLOP a pair at {median["products"] / 1e9:.3g} GFLOP/s, '
+          f'{median["moved"] / 1e9:.3g} GB a step at {median["copies"] / 1e9:.3g} GB/s')
+    for name, rate in median.items():
+        kind, _, of = name.partition(', ')
+        if kind not in ('training', 'evaluation'):
+            continue
+        line = f'{name:20} {rate:8.1f} pairs/s, {rate / median[f"{kind}, XTREME"]:5.2f} times XTREME\'s'
         if name in floor:
             line += f', {rate / floor[name]:4.0%} of the floor ({floor[name]:.0f})'
-        elif kind == 'training' and 'training, plain' in rates and not name.endswith('XTREME'):
-            line += f', {rates["training, plain"] / rate:5.2f} times the step of plain'
-        if inputs.device.type == 'cuda' and kind == 'training' and not name.endswith('XTREME'):
-            line += f', {peaks[name.replace("training", "memory")]:.1f} GiB at most'
+        elif f'memory, {of}' in median and 'training, plain' in median:
+            line += f', {median["training, plain"] / rate:5.2f} times the step of plain'
+        if f'memory, {of}' in median and inputs.device.type == 'cuda':
+            line += f', {median[f"memory, {of}"]:.1f} GiB at most'
         print(line)
 
 
