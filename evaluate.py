@@ -162,7 +162,7 @@ def check_vocabulary(name, model, tokenizer):
                          'expected the tokenizer of this encoder')
     cased = sorted(word for word in words if word.isascii() and word.isalpha() and not word.islower())[:100]
     tokens = set(tokenizer.tokenize(' '.join(cased))) - set(tokenizer.all_special_tokens)
-    if cased and ''.join(tokens).islower():
+    if cased and all(token == token.lower() for token in tokens):
         raise InputError(f'{name}: its tokenizer lower-cases, but its vocabulary has {cased[0]}, ...; write '
                          '{"do_lower_case": false} into its tokenizer_config.json')
 

@@ -91,7 +91,7 @@ def worst_delta(model, batch, *, eps, steps=1, layer=0, generator=None, loss=pla
     step = eps * 2.5 / (steps + 1)
     delta = uniform_delta(model, batch, eps, layer, generator)
     mask = batch['attention_mask'].unsqueeze(-1)
-    # Not through DistributedDataParallel: a forward pass of the wrapper waits for a backward pass.
+    # Not through DistributedDataParallel: its passes prepare an exchange of gradients, and these have none.
     model = unwrapped(model)
     for _ in range(steps):
         delta.requires_grad_()
