@@ -3,6 +3,7 @@
 In the order of the rooms: robust, synonyms, data, train, evaluate, distance; then what a user does wrong.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -850,7 +851,8 @@ def test_labels(tmp_path, task, content, labels, line):
     (b'a\tb\tcontradictory\n', '1: label'),
     (b'a\tb\t1\n\xff\tb\t1\n', '2: not UTF-8'), (b'\xef\xbb\xbfa\tb\t1\r\na\tb\xff', '2: not UTF-8'),
     (b'id\tsentence1\tsentence2\tlabel\n1\ta\tb\t0\n', '1: a header; expected premise .* raw release'),
-    (b'Sentence1\tsentence2\na\tb\n', '1: a header'), (None, ' No such file or directory; expected premise')])
+    (b'Sentence1\tsentence2\na\tb\n', '1: a header'), (b'premise\thypothesis\tlabel\n', '1: a header'),
+    (b'a\tgold_label\tc\n', '1: a header'), (b'a\thypo\n', '1: a header'), (None, ' No such file or directory; expected premise')])
 def test_a_broken_file_gives_one_line(tmp_path, content, line):
     if content is not None:
         write(tmp_path / 'F', content)
@@ -1027,6 +1029,15 @@ def test_own_languages_stand_after_the_papers(tmp_path):
         write(folder / name, b'a\tb\t1\n')
     data.prepare(tmp_path, 'pawsx', langs=['yo', 'ha'])
     assert len(names(folder)) == 7 and names(tmp_path) == ['pawsx']
+
+
+def test_a_number_lies_within_its_limits_and_is_finite():
+    share, count = data.in_range(float, 0, 1), data.in_range(int, 1)
+    assert (share('0'), share('1'), count('1'), count('99')) == (0, 1, 1, 99)
+    for kind, wrong in ((share, '-0.1'), (share, '1.1'), (share, 'nan'), (count, '0'),
+                        (data.in_range(float, 0), 'inf')):
+        with pytest.raises(argparse.ArgumentTypeError, match='expected'):
+            kind(wrong)
 
 
 def test_several_processes_on_an_empty_folder_find_one_world(tmp_path, world):
