@@ -795,8 +795,8 @@ def find_runs(args):
     if args.predictions and len(records) > 1:
         raise InputError(f'--predictions {args.predictions}: of {len(records)} runs; name one')
     if args.output:
-        check_picture(args.output)
         one_table(records)      # the seeds of a variant are drawn as one curve
+        check_picture(args.output)
     for record in records:
         where = record['where']
         if not Path(where).is_dir():
