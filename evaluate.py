@@ -510,6 +510,7 @@ def one_table(records):
 def rows_of(table):
     """A table's records by variant -> list of Row: methods as in the paper, families, rising eps."""
     def order(record):
+        """Where a record stands."""
         variant, family = record['variant'], family_of(record['variant'])
         method = list(robust.METHODS).index(variant['method'])
         return method, len(family), family, variant.get('eps'), record['seed']
