@@ -370,7 +370,11 @@ def check_out(folder, setting):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         path = folder / 'distances.json'
-    if path.exists() and json.loads(path.read_text(encoding='utf-8')).get('setting') != setting:
+    try:
+        same = not path.exists() or json.loads(path.read_text(encoding='utf-8'))['setting'] == setting
+    except (ValueError, LookupError, TypeError):
+        same = False
+    if not same:
         raise InputError(f'{path}: measured otherwise, as its "setting" says; name another --out')
 
 

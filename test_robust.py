@@ -3721,6 +3721,13 @@ def test_nothing_is_written_unless_out_says_where_and_what_to(measuring, call, m
         call(MEASURE + '--out new/er')
 
 
+@pytest.mark.parametrize('held', ['half', '[]', '{"task": "sample"}'])
+def test_what_is_no_measurement_of_this_program_is_refused(held, tmp_path):
+    (tmp_path / 'distances.json').write_text(held)
+    with pytest.raises(data.InputError, match='distances.json: measured otherwise'):
+        distance.check_out(tmp_path, {'task': 'sample'})
+
+
 def test_the_command_line_reaches_the_encoder(measuring, call, monkeypatch):
     seen = []
 
