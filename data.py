@@ -18,10 +18,10 @@ import json
 import os
 import random
 import re
-import shutil
 import socket
 import sys
 import tarfile
+import tempfile
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -29,10 +29,9 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.hub import download_url_to_file
 from tqdm import tqdm
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
+from transformers import BertConfig, BertModel, BertTokenizer, logging
 
 
 # ---------------------------------------------------------------- what every script needs
@@ -61,16 +60,10 @@ class Parser(argparse.ArgumentParser):
 def run_script(main):
     """Run a script's main. What is the user's to mend ends in one line on stderr, without a traceback."""
     try:
-        try:
+        with enough_memory('use a machine with more'):
             main()
-        finally:
-            sys.stdout.flush()
     except InputError as error:
         sys.exit(str(error))
-    except BrokenPipeError:
-        # `| head` has seen enough. Python flushes stdout once more at its end, which must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         if error.filename is None:
             raise
@@ -93,25 +86,16 @@ def in_range(kind, low, high=None):
     return parse
 
 
-class _Lines(tqdm):
-    """tqdm for a file: where it stands is a line of its own."""
-
-    def display(self, msg=None, pos=None):
-        """In place of the bar that tqdm redraws; msg '' asks to wipe it away."""
-        if msg != '':
-            print(self, file=sys.stderr, flush=True)
-
-
-def progress(iterable=None, **options):
-    """A tqdm on stderr: a bar on a terminal, gone at its end; in a file a line every 30 seconds, no more.
+def progress(iterable, **options):
+    """A tqdm on stderr, gone at its end; in a file it says every 30 seconds where it stands, no more.
 
     options: those of tqdm (desc, unit, total, initial).
     """
-    options['disable'] = RANK > 0       # of torchrun's processes the first one speaks
-    if sys.stderr.isatty():
-        return tqdm(iterable, leave=False, dynamic_ncols=True, **options)
-    # miniters: the clock is looked at each time; else tqdm guesses how many make up the 30 seconds.
-    return _Lines(iterable, leave=False, delay=30, mininterval=30, miniters=1, ncols=0, **options)
+    if not sys.stderr.isatty():
+        # miniters: the clock is looked at each time; else tqdm guesses how many make up the 30 seconds.
+        options |= {'delay': 30, 'mininterval': 30, 'miniters': 1, 'ncols': 0}
+    # Of torchrun's processes the first one speaks.
+    return tqdm(iterable, leave=False, dynamic_ncols=True, disable=RANK > 0, **options)
 
 
 def digest(path):
@@ -123,34 +107,21 @@ def digest(path):
 def replacing(path):
     """Write beside, then rename: yields the path to write to. The file is whole or as it was.
 
-    A link stays, and its target is replaced; a device or a pipe is written to. An OSError (read-only folder,
-    full disk) passes through and names `path`.
+    A link stays, and its target is replaced. An OSError (read-only folder, full disk) passes through and
+    names `path`.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        part = target = path        # a device or a pipe
-    else:
-        target = path.resolve()
-        # A name of its own, as another process may write the same file; its suffix, as matplotlib reads it.
-        part = target.with_name(f'{target.stem}.part{os.urandom(4).hex()}{target.suffix}')
+    target = Path(path).resolve()
+    # A name of its own, as another process may write the same file.
+    part = target.with_name(f'{target.name}.part{os.urandom(4).hex()}')
     try:
         yield part
-        if part != target:
-            os.replace(part, target)
+        os.replace(part, target)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
     finally:
-        if part != target:
-            with contextlib.suppress(OSError):
-                part.unlink()
-
-
-def copy_permissions(folder):
-    """Give a checkpoint's weights the permissions of its other files: safetensors writes them 0600."""
-    for path in Path(folder).glob('*.safetensors'):
-        with contextlib.suppress(OSError):      # a courtesy, which some file systems refuse
-            shutil.copymode(path.with_name('config.json'), path)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @contextlib.contextmanager
@@ -196,14 +167,13 @@ def path_of(data, task, split, lang):
     return Path(data) / task / f'{split}-{lang}.tsv'
 
 
-def languages_of(data, task, langs=None):
+def languages_of(task, langs=None):
     """The languages to score -> list of codes: the paper's order first, own languages after it as given.
 
     langs None: the task's own. Else any codes for which DATA/TASK holds test-CODE.tsv.
     """
     languages = TASKS[task].languages
-    if langs is None:
-        return list(languages)
+    langs = langs or languages
     return [lang for lang in dict.fromkeys([*languages, *langs]) if lang in langs]
 
 
@@ -229,11 +199,6 @@ def read_lines(path, expected):
     return text.replace('\r\n', '\n').split('\n')
 
 
-def split_words(text):
-    """The words of a text, split at ASCII blank and tab only: U+3000 is a word in real files."""
-    return re.findall('[^ \t]+', text)
-
-
 def read_pairs(path, task):
     """Read one XTREME file -> list of Pair. Raises InputError (file, line, what was expected).
 
@@ -247,15 +212,15 @@ def read_pairs(path, task):
     expected = ('premise TAB hypothesis TAB label, a pair a line, no header; '
                 f'`python data.py {task}` fetches such files or makes them from the raw release')
     lines = read_lines(path, expected)
-    first = lines[0].lower().split('\t')
-    if {'sentence1', 'gold_label', 'premise', 'hypo'} & set(first):
+    if lines[0].lower().startswith(('sentence1\t', 'premise\t')):
         raise InputError(f'{path}:1: a header; expected {expected}')
+    columns = lines[0].count('\t') + 1
     pairs = []
     for number, line in enumerate(lines, 1):
         cells = line.split('\t')
-        if len(cells) not in (2, 3) or len(cells) != len(first):
-            columns = f'{len(cells)} columns, {len(first)} in line 1'
-            raise InputError(f'{path}:{number}: {columns}; expected {expected}')
+        if len(cells) not in (2, 3) or len(cells) != columns:
+            raise InputError(f'{path}:{number}: {len(cells)} columns, {columns} in line 1; expected '
+                             f'{expected}')
         premise, hypothesis, label = [*cells, None][:3]
         if label not in ids:
             raise InputError(f'{path}:{number}: label {label!r}; expected one of {", ".join(labels)}')
@@ -281,17 +246,6 @@ def write_pairs(path, rows):
     """
     with open(path, 'w', encoding='utf-8', newline='') as file:
         csv.writer(file, delimiter='\t').writerows(rows)
-
-
-def describe(path, pairs):
-    """One line about a file: rows, missing labels, PAWS-X's placeholders NS (no sentence), which stay."""
-    line = f'{path}: {len(pairs):,} pairs'
-    if pairs[0].label is None:
-        line += '; no labels: cannot be scored'
-    placeholders = sum('NS' in pair for pair in pairs)
-    if placeholders:
-        line += f'; {placeholders} rows with a placeholder NS, kept'
-    return line
 
 
 # ---------------------------------------------------------------- the public releases
@@ -333,16 +287,17 @@ def prepare(data, task, archives=(), complete=False, langs=None):
     Of several processes one prepares, the others wait. If all is there, nothing is written, not even a lock.
     """
     folder = path_of(data, task, 'train', 'en').parent
-    releases = {name: release for name, release in RELEASES.items() if release.task == task}
-    given = {Path(path).name: Path(path) for path in archives}
-    for name in given:
-        if name not in releases:
-            raise InputError(f'{given[name]}: expected an archive of {task}: {" or ".join(releases)}')
     if not _missing(folder, complete, langs):
         return
-    with _alone(folder) as part:
-        if complete or not any(folder.glob('*.tsv')):       # another process may have prepared it meanwhile
-            _fill(folder, part, releases, given, complete)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / '.lock'
+    with FileLock(lock):
+        try:
+            if complete or not any(folder.glob('*.tsv')):   # another process may have prepared it meanwhile
+                with tempfile.TemporaryDirectory(dir=folder) as part:
+                    _fill(folder, Path(part), archives)
+        finally:
+            lock.unlink()       # those who wait notice, and lock a new one
     missing = _missing(folder, complete, langs)
     if missing:
         absent = f'{folder / missing[0]}: no such file, and nothing is fetched where others are'
@@ -355,69 +310,50 @@ def _missing(folder, complete, langs=None):
     task = folder.name
     languages = TASKS[task].languages
     names = ['model', 'synonyms.json'] if task == 'sample' else []
-    names += ['train-en.tsv']
     names += [f'dev-{lang}.tsv' for lang in (languages if complete else ['en'])]
     names += [f'test-{lang}.tsv' for lang in langs or languages]
     missing = []
-    for name in names:
+    for name in [*names, 'train-en.tsv']:
         path = folder / name
-        if not path.exists():
-            missing.append(name)
-        elif complete and name.startswith('test-') and read_pairs(path, task)[0].label is None:
+        stripped = complete and name.startswith('test-') and path.exists()
+        if not path.exists() or stripped and read_pairs(path, task)[0].label is None:
             missing.append(name)
     return missing
 
 
-@contextlib.contextmanager
-def _alone(folder):
-    """One process at a time: makes `folder`; yields an empty one beside it to write to, gone afterwards."""
-    part = folder.with_name(f'{folder.name}.part')
-    lock = folder.with_name(f'{folder.name}.part.lock')
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        shutil.rmtree(part, ignore_errors=True)     # left by a process that was killed
-        part.mkdir()
-        try:
-            yield part
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                lock.unlink()                       # those who wait notice, and lock a new one
-
-
-def _fill(folder, part, releases, given, complete):
-    """Write what a task's folder lacks to the folder `part`, and move it in once it is whole.
-
-    `complete`: archive by archive, so that one that cannot be had does not undo the others.
-    """
-    missing = _missing(folder, True)        # of a run too: it comes in the same archives
-    if folder.name == 'sample':
+def _fill(folder, part, archives):
+    """Write what a task's folder lacks into the empty folder `part`; move it in once all of it is whole."""
+    missing, task = _missing(folder, True), folder.name         # of a run too: it comes in the same archives
+    given = {Path(path).name: Path(path) for path in archives}
+    if task == 'sample':
         write_sample(part)
-    for name, release in releases.items():
+    for name, release in RELEASES.items():
         wanted = [file for file in missing if file.split('-')[0] in release.rows]
+        if release.task != task or not wanted:
+            continue
         archive = given.get(name, part / name)
-        if wanted and name not in given:
-            command = f'`python data.py {release.task} --data {folder.parent} {name}`'
+        if name not in given:
+            command = f'`python data.py {task} --data {folder.parent} {name}`'
             _download(release.url, archive, f'give it to {command}; `--task sample` works without a network')
         for file in wanted:
             _convert(archive, release, part / file)
-        if complete:
-            _move(part, folder, wanted)
-    _move(part, folder, missing)
-
-
-def _move(part, folder, names):
-    """Move those of the named files that were written to the folder `part` to their place."""
-    for name in names:
-        if (part / name).exists():
-            os.replace(part / name, folder / name)
+    for name in missing:
+        os.replace(part / name, folder / name)
 
 
 def _convert(archive, release, path):
-    """Write one file of an archive in XTREME's layout, and check it."""
+    """Write one file of an archive in XTREME's layout, cells stripped as XTREME's script does; check it."""
     split, lang = path.stem.split('-')
-    try:
-        rows = _read_rows(archive, release, split, lang)
+    name, rows = release.files[split].format(lang), []
+    try:        # read and never extracted: no path in an archive can escape
+        if archive.suffix == '.zip':
+            content = zipfile.ZipFile(archive).read(name)
+        else:
+            content = tarfile.open(archive, 'r:gz').extractfile(name).read()
+        for line in content.decode().split('\n')[1:]:
+            if line.strip() and line.startswith(release.begins.format(lang)):
+                cells = line.split('\t')
+                rows.append([cells[column].strip() for column in release.columns])
     except Exception as error:      # a broken archive raises any of a dozen
         raise InputError(f'{archive}: not the archive of {release.url} ({error}); fetch it again') from None
     expected = release.rows[split]
@@ -425,24 +361,6 @@ def _convert(archive, release, path):
         raise InputError(f'{archive}: {len(rows)} rows for {path.name}, expected {expected}; fetch it again')
     write_pairs(path, rows)
     read_pairs(path, release.task)
-
-
-def _read_rows(archive, release, split, lang):
-    """Rows [premise, hypothesis, label] of a split and language, cells stripped as XTREME's script does."""
-    name = release.files[split].format(lang)
-    # Read and never extracted: no path in an archive can escape.
-    if archive.suffix == '.zip':
-        with zipfile.ZipFile(archive) as source:
-            content = source.read(name)
-    else:
-        with tarfile.open(archive, 'r:gz') as source:
-            content = source.extractfile(name).read()
-    rows = []
-    for line in content.decode().split('\n')[1:]:
-        if line.strip() and line.startswith(release.begins.format(lang)):
-            cells = line.split('\t')
-            rows.append([cells[column].strip() for column in release.columns])
-    return rows
 
 
 def fetch_neighbours(path):
@@ -472,7 +390,7 @@ SAMPLE_CONCEPTS, SAMPLE_SYNONYMS, SAMPLE_WORDS = 30, 3, 3       # in all, of a c
 SAMPLE_ROWS = {'train': 40000, 'dev': 1000, 'test': 2000}
 SAMPLE_ENDINGS = {'en': 'n', 'x1': 'd', 'x2': 'r', 'x3': 's', 'x4': 't', 'x5': 'l', 'x6': 'k'}      # of words
 SAMPLE_SCALE, SAMPLE_SPREAD = 0.25, 0.05    # of concepts around 0, of synonyms around them, per coordinate
-SAMPLE_SPECIAL = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]'}
+SAMPLE_SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]')
 SAMPLE_HIDDEN = 64
 SAMPLE_CONFIG = {
     'hidden_size': SAMPLE_HIDDEN, 'intermediate_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
@@ -548,22 +466,19 @@ def _sample_points(seed):
 
 def _write_sample_encoder(folder, words, seed):
     """A tiny BertModel checkpoint with a word-level tokenizer, as `from_pretrained` reads them."""
-    vocabulary = list(SAMPLE_SPECIAL.values())
+    vocabulary = list(SAMPLE_SPECIAL)
     for lang in SAMPLE_ENDINGS:
         vocabulary += [_translate(word, lang) for word in words]
     ids = {word: number for number, word in enumerate(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token='[UNK]'))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(('[SEP]', ids['[SEP]']), ('[CLS]', ids['[CLS]']))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **SAMPLE_SPECIAL)
-    fast.save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab=ids, do_lower_case=False, mask_token=None, model_max_length=64,
+                              model_input_names=['input_ids', 'attention_mask'])
+    tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(BertConfig(vocab_size=len(ids), **SAMPLE_CONFIG))
     model.get_input_embeddings().weight.data.copy_(_sample_points(seed))
     logging.disable_progress_bar()
     model.save_pretrained(folder)
-    copy_permissions(folder)
 
 
 # ---------------------------------------------------------------- command line
@@ -577,7 +492,9 @@ def main(words=None):
     args = parser.parse_args(words)
     prepare(args.data, args.task, args.archives, complete=True)
     for path in sorted((Path(args.data) / args.task).glob('*.tsv')):
-        print(describe(path, read_pairs(path, args.task)))
+        pairs = read_pairs(path, args.task)
+        unlabelled = '; no labels: cannot be scored' if pairs[0].label is None else ''
+        print(f'{path}: {len(pairs):,} pairs{unlabelled}')
     if args.task != 'sample':
         fetch_neighbours(Path(args.data) / NEIGHBOURS)
 

@@ -2,7 +2,6 @@
 
     python distance.py --task pawsx                                 two tables: distances, coverage
     python distance.py --task pawsx --runs RUN ... -o figure2.png   beside them what robust training gains
-    python distance.py --align FILE                                 align lines of `source ||| target`
 
 The distance of a language is the mean Euclidean distance of aligned words in parallel sentences, a word being
 the vector of its last subword (Cao et al. 2020). The words are aligned by the reparameterised IBM Model 2 of
@@ -16,7 +15,6 @@ What is measured is printed, and written to --out FOLDER/distances.json where th
 import functools
 import json
 import math
-import tempfile
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +23,8 @@ import torch
 
 import evaluate
 import robust
-from data import (TASKS, InputError, Parser, digest, enough_memory, in_range, path_of, prepare, progress,
-                  read_lines, read_pairs, replacing, run_script, split_words)
+from data import (TASKS, InputError, Parser, in_range, path_of, prepare, progress,
+                  read_lines, read_pairs, replacing, run_script)
 
 P_0, MU, ITERATIONS = 0.08, 0.01, 5             # Dyer, and the defaults of fast_align
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
@@ -143,10 +141,6 @@ def align(pairs):
 
     Those that both directions find (Cao et al. 2020). The model is learned from these pairs alone.
     """
-    for source, target in pairs:
-        if isinstance(source, str) or isinstance(target, str):
-            raise InputError('align takes a list of (source words, target words), each a list of str; '
-                             f'got {source!r:.60}')
     forward = best_links(pairs)
     reverse = best_links([(target, source) for source, target in pairs])
     links = []
@@ -155,51 +149,37 @@ def align(pairs):
     return links
 
 
-def read_source_target(path):
-    """Read lines of `source ||| target`, words between blanks -> list of (source words, target words)."""
-    pairs = []
-    for number, line in enumerate(read_lines(path, 'lines of `source ||| target`'), 1):
-        sides = [split_words(side) for side in line.split('|||')]
-        if len(sides) != 2:
-            raise InputError(f'{path}:{number}: {line!r:.60}; expected `source ||| target`')
-        pairs.append(sides)
-    return pairs
-
-
 # ---------------------------------------------------------------- words
 
-def read_aligned(path, english, task):
-    """A language's test file and the row-aligned English one -> rows as `read_translations` gives them."""
-    theirs, english = read_pairs(path, task), read_pairs(english, task)
-    if len(theirs) != len(english):
-        raise InputError(f'{path}: {len(theirs)} rows; expected {len(english)}, translations of '
-                         'test-en.tsv row by row')
-    return [pair[:2] + other[:2] for pair, other in zip(theirs, english)]
+def parallel(args, lang):
+    """The parallel sentences (sentence, English) of a language, each once, all premises first -> list.
 
-
-def read_translations(path, task):
-    """XTREME's translate-test file -> rows (premise, hypothesis, English premise, English hypothesis)."""
-    expected = 'five columns: premise, hypothesis, their English translations, label'
-    rows = []
-    for number, line in enumerate(read_lines(path, expected), 1):
-        cells = line.split('\t')
-        if len(cells) != 5 or cells[4] not in TASKS[task].labels:
-            raise InputError(f'{path}:{number}: {line!r:.60}; expected {expected}')
-        rows.append(cells[:4])
-    return rows
-
-
-def parallel(rows):
-    """The parallel sentences (sentence, English) of such rows, each pair once, all premises first -> list.
-
-    Left out: empty ones and PAWS-X's placeholder NS ('no sentence'), of which no word has a translation.
+    From its test file and the row-aligned English one, or from XTREME's translate-test file (paper). Left
+    out: empty ones and PAWS-X's placeholder NS ('no sentence'), of which no word has a translation. Raises
+    InputError if there is nothing else, or the rows differ.
     """
-    pairs = [(row[0], row[2]) for row in rows] + [(row[1], row[3]) for row in rows]
-    whole = []
-    for pair in dict.fromkeys(pairs):
-        if all(side.strip() not in ('', 'NS') for side in pair):
-            whole.append(pair)
-    return whole
+    path, english = [path_of(args.data, args.task, 'test', code) for code in (lang, 'en')]
+    if args.translations:
+        path = Path(args.translations) / f'test-{lang}-en-translated.tsv'
+        expected = 'five columns: premise, hypothesis, their English translations, label'
+        rows = [line.split('\t') for line in read_lines(path, expected)]
+        if {len(row) for row in rows} != {5}:
+            raise InputError(f'{path}: expected {expected}')
+    else:
+        theirs, english = read_pairs(path, args.task), read_pairs(english, args.task)
+        if len(theirs) != len(english):
+            raise InputError(f'{path}: {len(theirs)} rows; expected {len(english)}, translations of '
+                             'test-en.tsv row by row')
+        rows = [one[:2] + other[:2] for one, other in zip(theirs, english)]
+    pairs = {}
+    for side in (0, 1):
+        for row in rows:
+            pair = row[side], row[side + 2]
+            if not {'', 'NS'}.intersection(map(str.strip, pair)):
+                pairs[pair] = path
+    if not pairs:
+        raise InputError(f'{path}: empty or NS in every row; expected sentences and their translations')
+    return list(pairs)
 
 
 def words_in(sentence, encoding, whole):
@@ -235,14 +215,11 @@ class Sentence(NamedTuple):
 
 
 @torch.inference_mode()
-def embed(model, tokenizer, sentences, lang, *, layer, dtype=torch.float32):
+def embed(model, tokenizer, sentences, lang, layer):
     """Run the encoder, in eval mode, on sentences -> a Sentence of each, Enc(x) taken to end at `layer`.
 
     Raises InputError for a tokenizer from which words cannot be had.
     """
-    if not tokenizer.is_fast:
-        raise InputError(f'{tokenizer.name_or_path}: its tokenizer does not say where a token is; expected a '
-                         'fast one, tokenizer.json')
     longest = evaluate.longest(model, tokenizer, LONGEST)
     # The longest first: little of a batch is padding, and memory that does not suffice shows at once.
     order = sorted(range(len(sentences)), key=lambda row: -len(sentences[row]))
@@ -253,8 +230,7 @@ def embed(model, tokenizer, sentences, lang, *, layer, dtype=torch.float32):
         # Padding on the right whatever the tokenizer's own side: encoders count positions from the left.
         inputs = tokenizer(texts, truncation=True, max_length=longest, padding=True, padding_side='right',
                            return_tensors='pt').to(model.device)
-        autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
-        with autocast, robust.hidden(model, layer) as states:
+        with robust.hidden(model, layer) as states:
             model.base_model(**inputs)
         tokens, vectors = inputs['input_ids'].cpu(), states[0].cpu()
         for number, row in enumerate(rows):
@@ -268,31 +244,6 @@ def embed(model, tokenizer, sentences, lang, *, layer, dtype=torch.float32):
 
 
 # ---------------------------------------------------------------- distances
-
-def read_texts(args):
-    """The languages that the command line names, but English -> {code: parallel}, {file's name: digest}."""
-    english = path_of(args.data, args.task, 'test', 'en')
-    if not args.translations and not english.exists():
-        prepare(args.data, args.task, langs=args.langs)
-    texts, files = {}, {}
-    for lang in args.langs or TASKS[args.task].languages:
-        if lang == 'en':
-            continue
-        if args.translations:
-            path = Path(args.translations) / f'test-{lang}-en-translated.tsv'
-            rows = read_translations(path, args.task)
-        else:
-            path = path_of(args.data, args.task, 'test', lang)
-            rows = read_aligned(path, english, args.task)
-            files[english.name] = digest(english)
-        texts[lang] = parallel(rows)[:args.max_sentences]
-        files[path.name] = digest(path)
-        if not texts[lang]:
-            raise InputError(f'{path}: empty or NS in every row; expected sentences and their translations')
-    if not texts:
-        raise InputError('--langs en: distances are from English; name other languages')
-    return texts, files
-
 
 def compare(lang, theirs, english):
     """Align the Sentences of a language and of English, and measure -> {column of the tables: figure}.
@@ -338,44 +289,31 @@ def figures(theirs, english, identical):
 
 def distances(args):
     """Measure what the command line names, print it, and write it to --out -> what is written there."""
-    texts, files = read_texts(args)
-    device, dtype = evaluate.choose_device(args.float32)
-    name = args.model or evaluate.default_model(args.task, args.data)
-    model, tokenizer = evaluate.load_encoder(name, args.task, layer=args.layer)
-    setting = {'task': args.task, 'layer': args.layer, 'max_sentences': args.max_sentences, 'files': files}
-    setting |= {'dtype': evaluate.short(dtype), 'model': evaluate.fingerprint(model, tokenizer)}
-    results = {'setting': setting, 'model': name, 'languages': {}}
-    if args.out:
-        check_out(args.out, setting)
-    encode = functools.partial(embed, model, tokenizer, layer=args.layer, dtype=dtype)
+    langs = [lang for lang in args.langs or TASKS[args.task].languages if lang != 'en']
+    if not args.translations and not path_of(args.data, args.task, 'test', 'en').exists():
+        prepare(args.data, args.task, langs=args.langs)
+    texts = {lang: parallel(args, lang)[:args.max_sentences] for lang in langs}
+    if not texts:
+        raise InputError('--langs en: distances are from English; name other languages')
+    device, _ = evaluate.choose_device(float32=True)
+    args.model = args.model or evaluate.default_model(args.task, args.data)
+    model, tokenizer = evaluate.load_encoder(args.model, args.task, layer=args.layer)
+    model.to(device).eval()
+    results = {'args': vars(args), 'model': evaluate.fingerprint(model, tokenizer), 'languages': {}}
     try:
-        with enough_memory('try fewer --max-sentences, or a smaller BATCH in distance.py'):
-            model.to(device).eval()
-            for lang, pairs in texts.items():
-                theirs, english = zip(*pairs)
-                results['languages'][lang] = compare(lang, encode(theirs, lang), encode(english, 'en'))
-                if args.out:
-                    with replacing(args.out / 'distances.json') as part:
-                        part.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+        for lang, pairs in texts.items():
+            theirs, english = zip(*pairs)
+            theirs = embed(model, tokenizer, theirs, lang, args.layer)
+            english = embed(model, tokenizer, english, 'en', args.layer)
+            results['languages'][lang] = compare(lang, theirs, english)
+            if args.out:
+                with replacing(Path(args.out) / 'distances.json') as part:
+                    part.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
     finally:        # what was measured is printed also where a later language fails
-        if results['languages']:
-            report(f'{args.task}, layer {args.layer} of {name}, {setting["dtype"]}; English: '
-                   f'{args.translations or "test-en.tsv"}; sentence pairs: {args.max_sentences or "all"}',
-                   results['languages'])
+        report(f'{args.task}, layer {args.layer} of {args.model}; English: '
+               f'{args.translations or "test-en.tsv"}; sentence pairs: {args.max_sentences or "all"}',
+               results['languages'])
     return results
-
-
-def check_out(folder, setting):
-    """Raise InputError if a folder holds distances measured otherwise, OSError if it cannot be written to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        path = folder / 'distances.json'
-    try:
-        same = not path.exists() or json.loads(path.read_text(encoding='utf-8'))['setting'] == setting
-    except (ValueError, LookupError, TypeError):
-        same = False
-    if not same:
-        raise InputError(f'{path}: measured otherwise, as its "setting" says; name another --out')
 
 
 TABLES = {      # title -> the columns with the form of their figures, the legend
@@ -407,41 +345,43 @@ def report(caption, languages):
 
 # ---------------------------------------------------------------- Figure 2
 
-class Gain(NamedTuple):
-    """What a method gains over plain, at the eps that is shown."""
-    name: str           # of its row, and a † where a run gives one answer alone
-    n: int              # seeds that plain has too
-    points: list        # of accuracy, a language each; nan where there are no labels
-    half: list          # half the width of the 95% interval; nan where there is none
-    rho: float          # rank correlation with the distances, and its p
-    p: float
-
-
 def comparable(names, task):
     """The runs of these names -> the Row of plain, and a Row of each robust method, its eps by English dev.
 
     Raises InputError unless all are runs of this task that belong in one table, plain among them.
     """
     group = evaluate.one_table(evaluate.read_records(names))
-    plain, *others = [evaluate.chosen(family) for family in evaluate.families(evaluate.rows_of(group))]
-    if group[0]['setting']['task'] != task or plain.variant['method'] != 'plain' or not others:
-        raise InputError(f'{" ".join(names)}: expected runs of {task}, of plain and of a robust method')
-    for row in others:
-        if not evaluate.paired(row.records, plain.records):
-            raise InputError(f'{row.name}: no seed in common with plain; expected runs of the same seeds')
+    plain, *others = map(evaluate.chosen, evaluate.families(group))
+    common = [evaluate.paired(row.records, plain.records) for row in others]
+    found = group[0]['setting']['task'], plain.variant['method']
+    if found != (task, 'plain') or not common or [] in common:
+        raise InputError(f'{" ".join(names)}: expected runs of {task}, of plain and of robust methods, each '
+                         'with a seed that plain has too')
     return plain, others
 
 
 def gains_of(plain, others, far):
-    """The Gain of each Row over plain's; its languages are those of `far`, {language: distance}."""
-    gains = []
+    """What each Row gains over plain's, in the languages of `far`, {language: distance}.
+
+    -> the table's rows {name: cells}, the languages and what is said of all of them; and the curves of Figure
+    2, {label: (points, half)}, as evaluate.gain has them. A † marks where a run gives one answer alone.
+    """
+    rows = {lang: {'distance': f'{distance:.3f}'} for lang, distance in far.items()}
+    curves = {}
     for row in others:
         points, half = torch.stack(evaluate.gain(row.records, plain.records, list(far)))[:, :-1].tolist()
-        stuck = any(evaluate.one_answer(record) for record in row.records + plain.records)
-        n = len(evaluate.paired(row.records, plain.records))
+        name = row.name + ' †' * any(map(evaluate.one_answer, row.records + plain.records))
+        for lang, gained, width in zip(far, points, half):
+            if math.isfinite(gained):
+                rows[lang][name] = f'{gained:+.1f} ±{width:.1f}'.removesuffix(' ±nan')
         rho, p = rank_correlation(list(far.values()), points)
-        gains.append(Gain(row.name + ' †' * stuck, n, points, half, rho, p))
-    return gains
+        n = len(evaluate.paired(row.records, plain.records))
+        label = name
+        for what, cell in (('n', str(n)), ('rank correlation', f'{rho:+.2f}'), ('p', f'{p:.2g}')):
+            rows.setdefault(what, {})[name] = cell
+            label += f', {what} = {cell}'
+        curves[label] = points, half
+    return rows, curves
 
 
 def rank_correlation(x, y):
@@ -471,22 +411,7 @@ GAIN_LEGEND = [
     '†: a run of it or of plain gives one answer alone; it loses most where plain is best, however far']
 
 
-def gain_rows(far, gains):
-    """The table's rows {name: cells}: the languages of `far`, then what is said of all of them."""
-    rows = {name: {} for name in [*far, 'n', 'rank correlation', 'p']}
-    for lang, distance in far.items():
-        rows[lang]['distance'] = f'{distance:.3f}'
-    for gain in gains:
-        for lang, points, half in zip(far, gain.points, gain.half):
-            if math.isfinite(points):
-                rows[lang][gain.name] = f'{points:+.1f} ±{half:.1f}'.removesuffix(' ±nan')
-        rows['n'][gain.name] = str(gain.n)
-        rows['rank correlation'][gain.name] = f'{gain.rho:+.2f}'
-        rows['p'][gain.name] = f'{gain.p:.2g}'
-    return rows
-
-
-def figure_2(caption, far, gains):
+def figure_2(caption, far, curves):
     """Draw Figure 2: gains over distances, a colour and marker a method -> matplotlib figure."""
     figure = evaluate.new_figure(10, 6)
     axes = figure.subplots()
@@ -494,11 +419,10 @@ def figure_2(caption, far, gains):
     x = torch.tensor(list(far.values()))
     # A language has the same distance in every method: side by side its points do not hide one another.
     step = 0.007 * (x.max() - x.min())
-    for number, gain in enumerate(gains):
-        beside = step * (number - len(gains) / 2 + 0.5)
-        label = f'{gain.name}, n = {gain.n}, rank correlation {gain.rho:+.2f}, p = {gain.p:.2g}'
-        axes.errorbar(x + beside, gain.points, gain.half, fmt='os^Dv<>P'[number % 8], color=f'C{number}',
-                      label=label, elinewidth=1)
+    for number, (label, (points, half)) in enumerate(curves.items()):
+        beside = step * (number - len(curves) / 2 + 0.5)
+        axes.errorbar(x + beside, points, half, fmt='os^Dv<>P'[number % 8], color=f'C{number}', label=label,
+                      elinewidth=1)
     # The codes stand above, in two lines: neighbours may be near.
     codes = [lang + '\n' * (number % 2) for number, lang in enumerate(far)]
     axes.secondary_xaxis('top').set_xticks(x, codes)
@@ -514,14 +438,13 @@ def report_gains(args, results, plain, others):
     """Print what the Rows `others` gain over plain's, languages from near to far, and draw Figure 2."""
     far = {lang: found['distance'] for lang, found in results['languages'].items()}
     far = dict(sorted(far.items(), key=lambda item: item[1]))
-    gains = gains_of(plain, others, far)
-    caption = f'{args.task}: accuracy gained over plain; distance at layer {args.layer} of {results["model"]}'
-    if plain.records[0]['setting']['model'] != results['setting']['model']:
-        caption += ', another encoder than these runs began with'
-    columns = ['distance', *(gain.name for gain in gains)]
-    print(evaluate.render([caption], columns, list(gain_rows(far, gains).items()), GAIN_LEGEND))
+    rows, curves = gains_of(plain, others, far)
+    caption = f'{args.task}: accuracy gained over plain; distance at layer {args.layer}'
+    if plain.records[0]['setting']['model'] != results['model']:
+        caption += f' of {args.model}, another encoder than these runs began with'
+    print(evaluate.render([caption], ['distance', *rows['n']], rows.items(), GAIN_LEGEND))
     if args.output:
-        evaluate.save_picture(figure_2(caption, far, gains), args.output)
+        evaluate.save_picture(figure_2(caption, far, curves), args.output)
 
 
 # ---------------------------------------------------------------- command line
@@ -529,21 +452,18 @@ def report_gains(args, results, plain, others):
 def parse_args(words=None):
     """The command line, or these words of one."""
     parser = Parser(description=__doc__)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add('--task', choices=TASKS, help='measure the distances of its languages')
-    add('--align', metavar='FILE', help='align lines of `source ||| target`, print links i-j, from 0')
     add = parser.add_argument
+    add('--task', choices=TASKS, required=True, help='whose languages to measure')
     add('--runs', nargs='+', metavar='RUN', help='Figure 2: runs of plain and robust methods, or a .jsonl')
     add('-o', '--output', metavar='FILE', help='the picture of --runs, .png or .svg')
-    add('--out', type=Path, metavar='FOLDER', help='write distances.json here')
+    add('--out', metavar='FOLDER', help='write distances.json here')
     add('--data', default='download', help="folder in XTREME's layout (default: %(default)s)")
+    add('--translations', metavar='DIR', help="XTREME's translate-test files in place of test-en.tsv (paper)")
     add('--langs', nargs='+', metavar='LANG', help="any with a test-LANG.tsv; else the task's")
-    add('--translations', metavar='DIR', help="XTREME's translate-test files in place of test-en.tsv")
     add('--model', help='pre-trained encoder, not fine-tuned: folder, or name of the hub; else as train.py')
     add('--layer', type=int, default=-1,
         help='0 word embeddings, k the k-th layer, -1 the last (default: %(default)s, Cao et al.)')
     add('--max-sentences', type=in_range(int, 1), metavar='N', help='the first N sentence pairs a language')
-    add('--float32', action='store_true', help='no bfloat16, whatever the hardware')
     args = parser.parse_args(words)
     if args.output and not args.runs:
         parser.error('-o is the picture of --runs')
@@ -551,15 +471,15 @@ def parse_args(words=None):
 
 
 def main(words=None):
-    """Align a file; or measure the distances of a task and set what robust training gains against them."""
+    """Measure the distances of a task and set what robust training gains against them."""
     args = parse_args(words)
-    if args.align:
-        for links in align(read_source_target(args.align)):
-            print(' '.join(f'{j}-{i}' for j, i in links))
-        return
     # All that can be read or tried comes before the first hour of measuring.
     if args.output:
         evaluate.check_picture(args.output)
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        if (Path(args.out) / 'distances.json').exists():
+            raise InputError(f'{args.out}: holds distances.json; name another --out')
     compared = comparable(args.runs, args.task) if args.runs else None
     results = distances(args)
     if compared:

@@ -21,12 +21,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 import robust
-from data import (RANK, TASKS, InputError, Pair, Parser, enough_memory, in_range, path_of, progress,
+from data import (RANK, TASKS, InputError, Pair, Parser, in_range, path_of, progress,
                   read_lines, read_pairs, replacing, run_script)
 
 MBERT = 'bert-base-multilingual-cased'      # paper
@@ -76,17 +75,13 @@ def load_encoder(name, task, freeze_embeddings=False, layer=0):
     """
     labels = dict(enumerate(TASKS[task].labels))
     ids = {label: number for number, label in labels.items()}
-    config, model, tokenizer, missing = from_pretrained(
-        name, id2label=labels, label2id=ids, ignore_mismatched_sizes=True)
-    encoder = f'{model.base_model_prefix}.'
-    lost = [key for key in missing if key.startswith(encoder) and 'pooler' not in key]
+    model, tokenizer, missing = from_pretrained(name, id2label=labels, label2id=ids)
+    lost = [key for key in missing if key.startswith(model.base_model_prefix) and 'pooler' not in key]
     if lost:
         raise InputError(f'{name}: {len(lost)} of its weights are missing ({lost[0]}, ...) and would be '
                          'random; expected the checkpoint of a pre-trained encoder')
-    if (config.architectures or [''])[0].endswith('ForSequenceClassification'):
-        say(f'{name}: a classifier; it gets a new head for {task}')
-        trained, model = model, AutoModelForSequenceClassification.from_config(model.config)
-        setattr(model, model.base_model_prefix, trained.base_model)
+    if not missing:
+        raise InputError(f'{name}: a classifier, whose head would be kept; expected a pre-trained encoder')
     check_encoder(name, model, tokenizer, layer)
     model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
     return model, tokenizer
@@ -94,7 +89,7 @@ def load_encoder(name, task, freeze_embeddings=False, layer=0):
 
 def load(name):
     """A fine-tuned classifier's folder -> model in float32, tokenizer. Raises InputError."""
-    _, model, tokenizer, missing = from_pretrained(name)
+    model, tokenizer, missing = from_pretrained(name)
     if missing:
         raise InputError(f'{name}: {len(missing)} of its weights are missing ({missing[0]}, ...) and would '
                          'be random; expected a fine-tuned classifier')
@@ -102,33 +97,26 @@ def load(name):
 
 
 def from_pretrained(name, **options):
-    """transformers' loading -> config as stored, model, tokenizer, the names of missing weights."""
+    """transformers' loading -> model in float32, tokenizer, the names of missing weights."""
     logging.set_verbosity_error()       # what of its reports matters is said here, in a line
     logging.disable_progress_bar()
-    where, reason = {'trust_remote_code': False}, None
-    if not Path(name).exists():
-        if name.startswith(('.', '/', '~')) or name.count('/') > 1:
-            raise InputError(f'{name}: no such folder; expected a checkpoint, or a name of the hub')
+    for local in (True, False):         # first what is at hand: to ask the hub in vain takes a minute
+        where = {'trust_remote_code': False, 'local_files_only': local}
         try:
-            huggingface_hub.model_info(name, timeout=10)
-        except Exception as error:      # ask the hub once: without a network transformers would for a minute
-            where['local_files_only'], reason = True, error
-    try:
-        config = AutoConfig.from_pretrained(name, **where)
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **where, **options)
-    except Exception as error:          # whatever broken or foreign files make transformers raise
-        raise InputError(f'{name}: cannot be loaded ({first_line(reason or error)}); expected the name of a '
-                         'model, or a folder with config.json, model.safetensors, tokenizer.json') from None
-    if config.is_encoder_decoder:
-        raise InputError(f'{name}: an encoder-decoder; expected an encoder, such as {MBERT}')
+            tokenizer = AutoTokenizer.from_pretrained(name, **where)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, **where, **options)
+            break
+        except Exception as error:      # whatever broken or foreign files make transformers raise
+            problem = first_line(error)
+    else:
+        raise InputError(f'{name}: cannot be loaded ({problem}); expected the name of a model, or a folder '
+                         'with config.json, model.safetensors, tokenizer.json')
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     for setting in ('local_files_only', 'trust_remote_code', 'is_local'):
         tokenizer.init_kwargs.pop(setting, None)        # the loader's own, no part of a checkpoint
-    resized = [key for key, *_ in info['mismatched_keys']]
-    return config, model, tokenizer, sorted([*info['missing_keys'], *resized])
+    return model, tokenizer, sorted(info['missing_keys'])
 
 
 def check_encoder(name, model, tokenizer, layer=0):
@@ -169,7 +157,7 @@ def check_vocabulary(name, model, tokenizer):
 
 def first_line(error):
     """What an exception says, in a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().split('\n')[0]
 
 
 def fingerprint(model, tokenizer):
@@ -203,30 +191,30 @@ def longest(model, tokenizer, max_length):
 def encode(tokenizer, pairs, max_length):
     """Tokenise pairs -> features, a list of dicts that `tokenizer.pad` takes, and how many pairs were cut."""
     encoded = tokenizer([pair[:2] for pair in pairs], truncation=True, max_length=max_length)
-    features, cut = [], 0
-    for row, pair in enumerate(pairs):
+    features = []
+    for row in range(len(pairs)):
         features.append({name: values[row] for name, values in encoded.items()})
-        if len(encoded['input_ids'][row]) == max_length:
-            cut += len(tokenizer(pair.premise, pair.hypothesis)['input_ids']) > max_length
-    return features, cut
+    return features, sum(bool(one.overflowing) for one in encoded.encodings)
 
 
 def predict(model, tokenizer, pairs, *, dtype=torch.float32, batch=64, max_length=128, desc='predicting',
-            eps=None, steps=0, layer=0, passes=1, seed=42):
-    """argmax_c f(Enc(x))_c for one or more Pair -> label indices (pairs,), and how many pairs were cut.
+            eps=None, steps=0, layer=0, passes=1):
+    """argmax_c f(Enc(x))_c for one or more Pair -> label indices (pairs,), and how many were cut, also said.
 
     With eps, of f(Enc(x) + delta) as robust.py has it: delta uniform in the L-inf ball of that radius, fresh
-    for each batch from `seed`, or what PGD finds in `steps` from there. Of several passes the majority, of
-    tied classes that with the highest mean probability: the smoothed classifier g (3.2). Leaves the model in
-    eval mode. Raises InputError for logits that are not finite.
+    for each batch, or what PGD finds in `steps` from there. Of several passes the majority, of tied classes
+    that with the highest mean probability: the smoothed classifier g (3.2). Leaves the model in eval mode.
+    Raises InputError for logits that are not finite.
     """
     model.eval()
     features, cut = encode(tokenizer, pairs, max_length)
+    if cut:
+        say(f'{desc}: {cut:,} pairs of more than {max_length} tokens, cut there')
     # Neighbours of like length share a batch, so that little of it is padding; the longest come first,
     # so that memory that does not suffice shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(features[i]['input_ids']))
     # One for each call: a language has the same draws whatever is scored before it.
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(42)
     counted = []
     for start in progress(range(0, len(order), batch), desc=desc, unit='batch'):
         chosen = order[start:start + batch]
@@ -271,7 +259,7 @@ def accuracy(marks):
 
 
 def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, **options):
-    """Predict the SPLIT file of each language. Yields (split, language, scored), as the functions below do.
+    """Predict the SPLIT file of each language. Yields (language, scored).
 
     scored: {`marks` as the function, `cut` how many pairs were cut, `answers` how often each of the task's
     labels was given, `predicted` the label of each pair}. Of the dev files English alone has to be there.
@@ -287,25 +275,21 @@ def score(model, tokenizer, task, data, langs, *, split='test', max_eval=None, *
         scored = {'marks': marks(predicted, pairs), 'cut': cut}
         scored['answers'] = predicted.bincount(minlength=len(labels)).tolist()
         scored['predicted'] = [labels[number] for number in predicted.tolist()]
-        yield split, lang, scored
+        yield lang, scored
 
 
 def write_predictions(folder, split, found):
     """What `score` found as SPLIT-LANG.tsv, one label a line: the form that XTREME's evaluation takes."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for lang, row in found.items():
+    for lang, scored in found.items():
         with replacing(Path(folder) / f'{split}-{lang}.tsv') as part:
-            part.write_text(''.join(f'{name}\n' for name in row['predicted']), encoding='utf-8')
-
-
-def say_cut(cut, max_length):
-    """Say which files had pairs of more than max_length tokens. cut: {language: how many}."""
-    parts = [f'{lang} {count:,}' for lang, count in cut.items() if count]
-    if parts:
-        say(f'pairs of more than {max_length} tokens, cut there: {", ".join(parts)}')
+            part.write_text('\n'.join([*scored['predicted'], '']), encoding='utf-8')
 
 
 # ---------------------------------------------------------------- beyond the table
+
+RADII, ATTACK_STEPS = (0, 0.01, 0.03, 0.1, 0.3, 1), 10      # of --regions (ours)
+
 
 def crossed(first, second):
     """Premises of one language with hypotheses of another, row by row -> list of Pair; the label may be None.
@@ -327,25 +311,43 @@ def generalized(model, tokenizer, task, data, langs, *, max_eval=None, **options
     if they are not of one length.
     """
     files = {lang: read_pairs(path_of(data, task, 'test', lang), task)[:max_eval] for lang in langs}
-    if len(set(map(len, files.values()))) > 1:
-        rows = ', '.join(f'{len(pairs)} in test-{lang}.tsv' for lang, pairs in files.items())
-        raise InputError(f'{Path(data) / task}: rows: {rows}; the generalised setting needs as many in each')
+    rows = {lang: len(pairs) for lang, pairs in files.items()}
+    if len(set(rows.values())) > 1:
+        raise InputError(f'{data}/{task}: test files of {rows} rows; expected as many in each')
     for first, second in itertools.product(langs, langs):
         pairs = crossed(files[first], files[second])
         if pairs:
-            predicted, cut = predict(model, tokenizer, pairs, desc=f'{first}-{second}', **options)
-            yield first, second, {'marks': marks(predicted, pairs), 'cut': cut}
+            predicted, _ = predict(model, tokenizer, pairs, desc=f'{first}-{second}', **options)
+            yield first, second, {'marks': marks(predicted, pairs)}
 
 
-def regions(model, tokenizer, task, data, langs, *, radii, steps, **options):
-    """Accuracy in the L-inf ball of each radius, under uniform noise (one draw a pair) and under attack.
+def measured(record, langs, args):
+    """What the command line asks for, of one run's model: yields (row, language, scored).
 
-    Yields ('noise 0.1' or 'attack 0.1', language, scored). What the attack of so many `steps` does not find
-    may be there all the same: its accuracy is an upper bound of the robust accuracy.
+    Rows of --regions are 'noise 0.1', uniform, one draw a pair, and 'attack 0.1'. What the attack does not
+    find may be there all the same: its accuracy is an upper bound of the robust accuracy.
     """
-    for eps, (kind, pgd) in itertools.product(radii, (('noise', 0), ('attack', steps))):
-        for _, lang, scored in score(model, tokenizer, task, data, langs, eps=eps, steps=pgd, **options):
-            yield f'{kind} {eps:g}', lang, scored
+    trained, setting = record['args'], record['setting']
+    model, tokenizer = load(record['where'])
+    device, dtype = choose_device(setting['dtype'] == 'float32')
+    where = model.to(device), tokenizer, setting['task'], args.data or trained['data'], langs
+    options = {'max_eval': args.max_eval or trained['max_eval'], 'layer': trained.get('layer', 0)}
+    options |= {'dtype': dtype, 'max_length': longest(model, tokenizer, trained['max_length'])}
+    options['batch'] = trained['batch']         # for which there was memory
+    if args.generalized:
+        yield from generalized(*where, **options)
+        return
+    rows = {'test': {}}
+    if args.smooth:
+        rows = {f'g {eps:g}': {'eps': eps, 'passes': args.smooth} for eps in args.eps or [trained['eps']]}
+    if args.regions:
+        rows = {}
+        for eps in args.eps or RADII:
+            rows[f'noise {eps:g}'] = {'eps': eps}
+            rows[f'attack {eps:g}'] = {'eps': eps, 'steps': ATTACK_STEPS}
+    for row, noise in rows.items():
+        for lang, scored in score(*where, **options, **noise):
+            yield row, lang, scored
 
 
 def new_figure(width, height):
@@ -372,19 +374,20 @@ def save_picture(figure, path):
         figure.savefig(part, dpi=150, format=Path(path).suffix[1:])
 
 
-def draw_regions(curves, radii, title, chance):
-    """The figure of `regions`: accuracy under attack against the radius; all in percent.
+def draw_regions(curves, radii, task):
+    """The figure of --regions: accuracy under attack, in percent, against the radius.
 
-    curves: {name: at each radius the accuracies, mean over languages, of the seeds}.
+    curves: {name: of each seed the accuracies at the radii, mean over languages}.
     """
     figure = new_figure(6, 4)
     axes = figure.subplots()
+    chance = 100 / len(TASKS[task].labels)
     axes.axhline(chance, color='grey', linestyle=':', label=f'chance ({chance:.0f}%)')
-    for number, (name, accuracies) in enumerate(curves.items()):
-        mean = torch.tensor(accuracies, dtype=torch.double).mean(1)
-        axes.plot([f'{radius:g}' for radius in radii], mean, marker='os^Dv<>P'[number % 8], label=name)
+    for number, (name, seeds) in enumerate(curves.items()):
+        mean = torch.tensor(seeds).mean(0)
+        axes.plot([f'{eps:g}' for eps in radii], mean, marker='os^Dv<>P'[number % 8], label=name)
     axes.set(ylim=(0, 103), ylabel='accuracy under attack (%)', xlabel='eps (L-inf, coordinates of Enc(x))')
-    axes.set_title(title, fontsize='medium')
+    axes.set_title(f'{task}: mean over languages and seeds, PGD of {ATTACK_STEPS} steps', fontsize='medium')
     axes.legend()
     return figure
 
@@ -392,17 +395,17 @@ def draw_regions(curves, radii, title, chance):
 # ---------------------------------------------------------------- the table
 
 # Tables 1 and 2 of the paper, in the order of TASKS' languages, then its average, which a test reads against
-# the rows. 'mBERT*': Hu et al. (2020).
+# the rows.
 PAPER = {
     'pawsx': {
-        'mBERT*': '94.0 85.7 87.4 87.0 73.0 69.6 77.0 82.0',
+        'Hu et al.': '94.0 85.7 87.4 87.0 73.0 69.6 77.0 82.0',
         'plain': '93.8 85.8 88.7 89.2 74.4 72.8 79.5 83.5',
         'adv': '93.6 86.6 89.5 87.8 77.2 76.2 80.9 84.5',
         'rs_r': '94.7 87.2 89.8 89.6 77.8 78.4 81.8 85.6',
         'rs_a': '93.6 88.1 88.4 88.6 79.5 77.8 82.2 85.5',
     },
     'xnli': {
-        'mBERT*': '80.8 64.3 68.0 70.0 65.3 73.5 73.4 58.9 67.8 49.7 54.1 60.9 57.2 69.3 67.8 65.4',
+        'Hu et al.': '80.8 64.3 68.0 70.0 65.3 73.5 73.4 58.9 67.8 49.7 54.1 60.9 57.2 69.3 67.8 65.4',
         'plain': '81.9 65.0 67.6 70.3 66.4 74.3 73.9 59.8 67.8 51.5 54.3 61.3 57.9 70.7 68.5 66.1',
         'adv': '81.9 64.9 68.3 71.7 66.5 74.4 74.5 59.6 68.8 48.8 50.6 61.7 59.2 70.0 69.4 66.0',
         'rs_r': '82.4 65.9 68.6 71.0 67.4 74.9 74.1 60.1 69.7 49.3 51.9 60.3 59.4 70.3 69.6 66.3',
@@ -417,7 +420,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 ONE_ANSWER = 0.95       # a run that gives one answer to this share of the English test items is marked (ours)
 NEAR_BEST = 1.0         # points of English dev that a larger eps may cost (ours; set on the sample world)
 LEGEND = (
-    'n: seeds, all else is their mean; steps: updates; dev: English dev accuracy; -: no labels, not in avg.',
+    'n: seeds, all else is their mean; steps: updates; dev: English dev accuracy; no labels: not in avg.',
     "gain: of avg. over plain's, same seeds, ± its 95% interval over items and seeds (paired); none of one",
     f'*: the eps that English dev chooses (paper); °: the largest within {NEAR_BEST:g} point of that (ours)',
     'oracle: each language takes the eps best on its own dev file; *, °, oracle: of the eps with most seeds',
@@ -507,30 +510,33 @@ def one_table(records):
     return table
 
 
-def rows_of(table):
-    """A table's records by variant -> list of Row: methods as in the paper, families, rising eps."""
+def families(table):
+    """A table's records by variant -> families, each a list of Row that differ in eps alone, rising.
+
+    Methods as in the paper, the more of their arguments are not the default the later.
+    """
     def order(record):
         """Where a record stands."""
-        variant, family = record['variant'], family_of(record['variant'])
+        variant = record['variant']
         method = list(robust.METHODS).index(variant['method'])
-        return method, len(family), family, variant.get('eps'), record['seed']
+        return method, len(variant), family_of(variant), variant.get('eps'), record['seed']
 
-    rows = {}
+    found = {}
     for record in sorted(table, key=order):
-        name = record['name'].removesuffix(f'-seed{record["seed"]}')
+        rows = found.setdefault(family_of(record['variant']), {})
+        name = name_of(record)
         rows.setdefault(name, Row(name, record['variant'], [])).records.append(record)
-    return list(rows.values())
+    return [list(rows.values()) for rows in found.values()]
+
+
+def name_of(record):
+    """The name of a run's variant: 'adv-0.01'."""
+    return record['name'].removesuffix(f'-seed{record["seed"]}')
 
 
 def family_of(variant):
     """What variants that differ in eps alone share."""
-    return [(name, str(value)) for name, value in sorted(variant.items()) if name != 'eps']
-
-
-def families(rows):
-    """Rows that differ in eps alone -> list of lists of Row."""
-    grouped = itertools.groupby(rows, key=lambda row: family_of(row.variant))
-    return [list(family) for _, family in grouped]
+    return str(variant | {'eps': None})
 
 
 def mean_dev(row):
@@ -576,9 +582,8 @@ def oracle(family, langs):
     """
     dev = torch.stack([accuracies(row.records, langs, 'dev_marks').mean(0) for row in rivals(family)])
     test = torch.stack([accuracies(row.records, langs).mean(0) for row in rivals(family)])
-    best = dev.max(0)       # nan where one is nan
-    scores = test.gather(0, best.indices[None])[0].where(best.values.isfinite(), math.nan)
-    return torch.cat([scores, scores.mean(-1, keepdim=True)])
+    scores = test.gather(0, dev.argmax(0, keepdim=True))[0].where(dev.isfinite().all(0), math.nan)
+    return torch.cat([scores, scores.mean(0, keepdim=True)])
 
 
 def paired(records, plain):
@@ -587,36 +592,31 @@ def paired(records, plain):
     return [(record, by_seed[record['seed']]) for record in records if record['seed'] in by_seed]
 
 
-def item_errors(pairs, langs):
+def item_errors(pairs, langs, unit):
     """Standard error of the gain, in points, by the choice of the test items: float64 (languages + 1,).
 
-    The items of a unit were drawn together, and those of a row are translations of one another: in the
-    average over languages a unit has one share, the mean of theirs. nan from a single unit or without labels.
+    The `unit` items in a row were drawn together, and those of a row are translations of one another: in the
+    average over languages a unit has one share, the mean of theirs.
     """
-    unit = UNIT.get(pairs[0][0]['setting']['task'], 1)
-    errors = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
     columns = []
-    for column, lang in enumerate(langs):
-        marked = [(record['test_marks'].get(lang), plain['test_marks'].get(lang)) for record, plain in pairs]
-        if all(map(all, marked)):
-            gains = torch.stack([right(ours) - right(theirs) for ours, theirs in marked]).mean(0)
-            shares = 100 * (gains - gains.mean()) / len(gains)      # each item's part of the mean, centred
-            columns.append(torch.stack([part.sum() for part in shares.split(unit)]))
-            errors[column] = error_of_sum(columns[-1])
-    if columns:
-        # Padded: own languages may have fewer items.
-        errors[-1] = error_of_sum(torch.nn.utils.rnn.pad_sequence(columns).mean(1))
-    return errors
+    for lang in langs:
+        gains = sum(right(ours, lang) - right(theirs, lang) for ours, theirs in pairs) / len(pairs)
+        shares = 100 * (gains - gains.mean()) / len(gains)      # each item's part of the mean, centred
+        columns.append(torch.stack([part.sum() for part in shares.split(unit)]))
+    sums = torch.nn.utils.rnn.pad_sequence(columns)     # own languages may have fewer items
+    return error_of_sum(averaged(sums))
 
 
-def right(marks):
-    """1 for each item that is right, 0 for each that is wrong: float64 (items,)."""
-    return torch.tensor([int(mark) for mark in marks], dtype=torch.double)
+def right(record, lang):
+    """1 for each test item that is right, 0 for each that is wrong: float64 (items,); nan without labels."""
+    marks = record['test_marks'].get(lang) or [math.nan]
+    return torch.tensor(list(map(float, marks)), dtype=torch.double)
 
 
 def error_of_sum(shares):
-    """Standard error of the sum of independent shares; nan of a single one."""
-    return shares.std() * len(shares) ** 0.5 if len(shares) > 1 else math.nan
+    """Standard error of the sum of independent shares (shares, ...); nan of a single one."""
+    count = len(shares)
+    return shares.std(0, correction=0) * count / (count - 1 or math.nan) ** 0.5
 
 
 def gain(records, plain, langs):
@@ -624,19 +624,20 @@ def gain(records, plain, langs):
 
     points: mean over the seeds that both have. half: half the width of its 95% interval (ours), which covers
     the choice of the items (normal) and of the seeds (Student's t). nan without labels or a seed in common,
-    half also of a single seed.
+    half also of a single seed. The average is for `langs` that all have labels.
     """
     pairs = paired(records, plain)
     nothing = torch.full((len(langs) + 1,), math.nan, dtype=torch.double)
-    if not pairs:
+    if not pairs or not langs:
         return nothing, nothing
-    records, plain = zip(*pairs)
-    by_seed = averaged(accuracies(records, langs) - accuracies(plain, langs))
+    ours, theirs = zip(*pairs)
+    by_seed = averaged(accuracies(ours, langs) - accuracies(theirs, langs))
     seeds = len(pairs)
     if seeds == 1:
         return by_seed[0], nothing
     t = T975[min(seeds - 1, len(T975)) - 1]
-    return by_seed.mean(0), torch.hypot(1.96 * item_errors(pairs, langs), t * by_seed.std(0) / seeds ** 0.5)
+    items = item_errors(pairs, langs, UNIT.get(ours[0]['setting']['task'], 1))
+    return by_seed.mean(0), torch.hypot(1.96 * items, t * by_seed.std(0) / seeds ** 0.5)
 
 
 def one_answer(record):
@@ -661,9 +662,7 @@ def row_cells(row, langs, plain):
     cells['dev'] = f'{mean_dev(row):.1f}'
     points, half = gain(row.records, plain, langs)
     if points[-1].isfinite():
-        cells['gain'] = f'{points[-1]:+.1f}'
-    if half[-1].isfinite():
-        cells['gain'] += f' ±{half[-1]:.1f}'
+        cells['gain'] = f'{points[-1]:+.1f} ±{half[-1]:.1f}'.removesuffix(' ±nan')
     return cells
 
 
@@ -693,27 +692,21 @@ def paper_lines(task, name, langs):
     cells = dict(zip([*TASKS[task].languages, 'avg.'], PAPER[task][name].split()))
     if tuple(langs) != TASKS[task].languages:
         del cells['avg.']
-    return [('Hu et al. (mBERT)' if name == 'mBERT*' else f'paper (mBERT), {name}', cells)]
+    return [(f'paper (mBERT), {name}', cells)]
 
 
 def render(above, columns, rows, below):
     """A Markdown table that also reads as plain text. above, below: lines; rows: (name, {column: cell})."""
-    lines = [['', *columns], ['--'] + ['-:'] * len(columns)]
+    lines = [['', *columns]]
     for name, cells in rows:
-        lines.append([name, *(cells.get(column, '-') for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
+        lines.append([name, *(cells.get(column, '') for column in columns)])
+    first, *others = [max(2, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * first, *('-' * (width - 1) + ':' for width in others)])
     text = [*above, '']
-    for number, (name, *cells) in enumerate(lines):
-        fill = '-' if number == 1 else ' '
-        aligned = [cell.rjust(width, fill) for cell, width in zip(cells, widths[1:])]
-        text.append(' | '.join([f'| {name.ljust(widths[0], fill)}', *aligned]) + ' |')
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, others)]
+        text.append(f'| {" | ".join([name.ljust(first), *aligned])} |')
     return '\n'.join([*text, '', *(f'- {note}' for note in below), ''])
-
-
-def items_of(marked):
-    """How many items languages have, of {language: marks}: '2,000', or '200 or 2,000'."""
-    counts = {len(marks) for marks in marked.values() if marks}
-    return ' or '.join(f'{count:,}' for count in sorted(counts))
 
 
 def print_table(table):
@@ -726,20 +719,18 @@ def print_table(table):
     langs = [lang for lang in dict.fromkeys([*TASKS[task].languages, *marked]) if lang in marked]
     labelled = accuracies(table, langs).isfinite().all(0)
     known = [lang for lang, all_labelled in zip(langs, labelled) if all_labelled]
-    rows = rows_of(table)
-    lines = paper_lines(task, 'mBERT*', known)
-    plain = []
-    for family in families(rows):
+    lines, papers, plain = [], paper_lines(task, 'Hu et al.', known), []
+    for family in families(table):
         method = family[0].variant['method']
         lines += family_lines(family, known, plain)
+        papers += paper_lines(task, method, known)
         if method == 'plain':
             plain = family[0].records
-    for method in dict.fromkeys(row.variant['method'] for row in rows):
-        lines += paper_lines(task, method, known)
-    lines = [(name, dict.fromkeys(('n', 'steps', 'dev', 'gain'), '') | cells) for name, cells in lines]
+    lines += dict(papers).items()
+    items = sorted({f'{len(marks):,}' for marks in marked.values() if marks})
     above = (f'{task}, test accuracy in percent; model {table[0]["args"]["model"]}; '
-             f'{setting["train_pairs"]:,} training pairs; {items_of(marked)} test items a language; '
-             f'{setting["dtype"]}')
+             f'{setting["train_pairs"]:,} training pairs; {" or ".join(items)} test items a '
+             f'language; {setting["dtype"]}')
     print(render([above], ['n', 'steps', 'dev', *langs, 'avg.', 'gain'], lines, LEGEND))
 
 
@@ -758,43 +749,38 @@ def report(records):
 
 def parse_args(words=None):
     """The command line, or these words of one. Raises InputError."""
-    parser = Parser(description=__doc__.split('\n')[0], epilog='See the top of evaluate.py for examples.')
-    count, radius = in_range(int, 1), in_range(float, 0)
-    add = parser.add_argument_group('what').add_argument
+    parser = Parser(description=__doc__)
+    add, count = parser.add_argument, in_range(int, 1)
     add('runs', nargs='+', metavar='RUN', help='run folder, or .jsonl of results: prints their tables')
     add('--langs', nargs='+', metavar='LANG', help="score anew any with a test-LANG.tsv; else the run's")
     add('--data', help="score anew the files of this folder in XTREME's layout; else the run's")
     add('--max-eval', type=count, metavar='N', help='score anew the first N pairs a file; else as the run')
     add('--predictions', metavar='FOLDER', help='score anew, and write the predicted labels there')
-    group = parser.add_argument_group('beyond the tables: measured each time, and printed')
-    add = group.add_mutually_exclusive_group().add_argument
-    add('--generalized', action='store_true', help='premise in one language, hypothesis in another')
-    add('--smooth', type=count, metavar='N', help='majority over N noisy passes: g of section 3.2')
-    add('--regions', action='store_true', help='accuracy against the radius, under noise and attack')
-    add = parser.add_argument_group('how it is measured').add_argument
-    add('--eps', type=radius, help="--smooth: radius of the noise; else the training's")
-    add('--radii', type=radius, nargs='+', default=[0, 0.01, 0.03, 0.1, 0.3, 1], metavar='EPS',
-        help='--regions: its radii (default: %(default)s, ours)')
-    add('--steps', type=count, default=10, metavar='N', help='--regions: of PGD (default: %(default)s, ours)')
+    beyond = parser.add_mutually_exclusive_group().add_argument
+    beyond('--generalized', action='store_true', help='premise in one language, hypothesis in another')
+    beyond('--smooth', type=count, metavar='N', help='majority over N noisy passes: g of section 3.2')
+    beyond('--regions', action='store_true', help='accuracy against the radius, under noise and attack')
+    add('--eps', type=in_range(float, 0), nargs='+',
+        help=f"radii of --smooth (else the training's) and of --regions (else {RADII}, ours)")
     add('-o', '--output', metavar='PICTURE', help='--regions: accuracy under attack, FILE.png or FILE.svg')
-    add('--batch', type=count, default=64, metavar='N', help='pairs at once (default: %(default)s)')
     args = parser.parse_args(words)
     args.asked = ' '.join(sys.argv[1:] if words is None else words)
-    beyond = args.generalized or args.smooth or args.regions
-    args.anew = beyond or args.langs or args.data or args.max_eval or args.predictions
-    needed = {'eps': args.smooth, 'radii': args.regions, 'steps': args.regions, 'output': args.regions,
-              'predictions': not beyond, 'batch': args.anew}
-    for name, used in needed.items():
-        if not used and getattr(args, name) != parser.get_default(name):
-            parser.error(f'--{name} does not go with what is asked')
+    noisy = args.smooth or args.regions
+    args.anew = noisy or args.generalized or args.langs or args.data or args.max_eval or args.predictions
+    if args.eps and not noisy or args.output and not args.regions:
+        parser.error('--eps goes with --smooth or --regions, -o with --regions')
+    if args.predictions and (noisy or args.generalized):
+        parser.error('--predictions does not go with what is beyond the tables')
     return args
 
 
 def find_runs(args):
     """The records of the runs to measure. Raises InputError for what would fail after hours of measuring."""
     records = read_records(args.runs)
-    if args.predictions and len(records) > 1:
-        raise InputError(f'--predictions {args.predictions}: of {len(records)} runs; name one')
+    if args.predictions:
+        if len(records) > 1:
+            raise InputError(f'--predictions {args.predictions}: of {len(records)} runs; name one')
+        Path(args.predictions).mkdir(parents=True, exist_ok=True)
     if args.output:
         one_table(records)      # the seeds of a variant are drawn as one curve
         check_picture(args.output)
@@ -802,58 +788,28 @@ def find_runs(args):
         where = record['where']
         if not Path(where).is_dir():
             raise InputError(f'{where}: a result without its model; to measure anew, name run folders')
-        if args.smooth and args.eps is None and 'eps' not in record['variant']:
+        if args.smooth and not args.eps and 'eps' not in record['variant']:
             raise InputError(f'{where}: {record["variant"]["method"]} has no eps of its own; say --eps')
-        load(where)
-        record['data'] = args.data or record['made_by']['paths']['data']
-        record['langs'] = args.langs or list(record['test_marks'])
-        for lang in record['langs']:
-            task = record['setting']['task']
-            read_pairs(path_of(record['data'], task, 'test', lang), task)
-    if args.predictions:
-        Path(args.predictions).mkdir(parents=True, exist_ok=True)
     return records
-
-
-def measured(record, args):
-    """What the command line asks for, of one run's model: yields (row, language, scored)."""
-    trained = record['args']
-    model, tokenizer = load(record['where'])
-    device, dtype = choose_device(record['setting']['dtype'] == 'float32')
-    where = model.to(device), tokenizer, record['setting']['task'], record['data'], record['langs']
-    max_length = longest(model, tokenizer, trained['max_length'])
-    options = {'max_eval': args.max_eval or trained['max_eval'], 'max_length': max_length, 'dtype': dtype,
-               'batch': args.batch, 'layer': trained.get('layer', 0)}
-    if args.generalized:
-        return generalized(*where, **options)
-    if args.regions:
-        return regions(*where, radii=args.radii, steps=args.steps, **options)
-    if args.smooth:
-        options |= {'eps': trained['eps'] if args.eps is None else args.eps, 'passes': args.smooth}
-    return score(*where, **options)
 
 
 def measure(record, args):
     """Print what the command line asks for, of one run's model, also where it is cut short.
 
-    -> {row: {language: scored}}, and of each row the accuracy on average over its languages.
+    -> {row: {language: scored}}, {row: its cells}.
     """
-    found, averages = {}, {}
+    langs = args.langs or list(record['test_marks'])
+    found, lines = {}, {}
     try:
-        with enough_memory(f'try a smaller --batch than {args.batch}'):
-            for row, lang, scored in measured(record, args):
-                found.setdefault(row, {})[lang] = scored
+        for row, lang, scored in measured(record, langs, args):
+            found.setdefault(row, {})[lang] = scored
     finally:
-        langs, lines = record['langs'], []
         for row, scored in found.items():
             marked = {lang: one['marks'] for lang, one in scored.items()}
-            scores = averaged(accuracies([{'test_marks': marked}], langs))[0]
-            lines.append((row, as_cells(langs, scores)))
-            averages[row] = scores[-1].item()
-            say_cut({lang: one['cut'] for lang, one in scored.items()}, record['longest'])
+            lines[row] = as_cells(langs, averaged(accuracies([{'test_marks': marked}], langs))[0])
         above = f'{record["where"]}, {record["setting"]["task"]}, accuracy in percent; {args.asked}'
-        print(render([above], [*langs, 'avg.'], lines, []))
-    return found, averages
+        print(render([above], [*langs, 'avg.'], lines.items(), []))
+    return found, lines
 
 
 def main(words=None):
@@ -862,23 +818,17 @@ def main(words=None):
     if not args.anew:
         report(read_records(args.runs))
         return
-    records = find_runs(args)
-    averages = {}
-    for record in records:
-        found, averages[record['where']] = measure(record, args)
-    task = records[0]['setting']['task']
-    if args.predictions:
-        write_predictions(Path(args.predictions) / task, 'test', found['test'])
+    radii, curves = args.eps or RADII, {}
+    for record in find_runs(args):
+        task = record['setting']['task']
+        found, lines = measure(record, args)
+        if args.predictions:
+            write_predictions(Path(args.predictions) / task, 'test', found['test'])
+        if args.output:
+            curve = [float(lines[f'attack {eps:g}'].get('avg.', 'nan')) for eps in radii]
+            curves.setdefault(name_of(record), []).append(curve)
     if args.output:
-        curves = {}
-        for row in rows_of(one_table(records)):
-            attacked = [averages[record['where']] for record in row.records]
-            curves[row.name] = []
-            for radius in args.radii:
-                curves[row.name].append([one[f'attack {radius:g}'] for one in attacked])
-        title = f'{task}: mean over languages and seeds, PGD of {args.steps} steps'
-        chance = 100 / len(TASKS[task].labels)
-        save_picture(draw_regions(curves, args.radii, title, chance), args.output)
+        save_picture(draw_regions(curves, radii, task), args.output)
 
 
 if __name__ == '__main__':

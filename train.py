@@ -39,25 +39,24 @@ from torch.utils.data import DataLoader
 import evaluate
 import robust
 import synonyms
-from data import (NEIGHBOURS, NEIGHBOURS_SHA256, RANK, TASKS, WORLD, InputError, Parser, copy_permissions,
-                  describe, digest, enough_memory, fetch_neighbours, in_range, languages_of, path_of, prepare,
-                  progress, read_pairs, replacing, run_script)
+from data import (NEIGHBOURS, NEIGHBOURS_SHA256, RANK, TASKS, WORLD, InputError, Parser, digest,
+                  enough_memory, fetch_neighbours, in_range, languages_of, path_of, prepare, progress,
+                  read_pairs, replacing, run_script)
 
 # Of PAWS-X and XNLI: XTREME's published scripts; the authors' code (uclanlp/Robust-XLT) has the same but for
 # epochs. epochs: XTREME's script (PAWS-X) and its paper (XNLI); epochs_rs_a, over the augmented data, and the
 # neighbour file, whose digest stands here, are the authors'. float32 is ours, and so is all of sample.
 COMMON = {'seed': [42], 'max_length': 128, 'data': 'download', 'dry_run': False}
+XTREME = {'lr': 2e-5, 'batch': 32, 'warmup': 0.0, 'freeze_embeddings': False, 'float32': False,
+          'synonyms': NEIGHBOURS_SHA256[:16]}
 DEFAULTS = {
-    'pawsx': {'lr': 2e-5, 'epochs': 5, 'epochs_rs_a': 3, 'batch': 32, 'warmup': 0.0, 'eval_steps': 200,
-              'freeze_embeddings': False, 'float32': False, 'synonyms': NEIGHBOURS_SHA256[:16]},
-    'xnli': {'lr': 2e-5, 'epochs': 2, 'epochs_rs_a': 1, 'batch': 32, 'warmup': 0.0, 'eval_steps': 1000,
-             'freeze_embeddings': False, 'float32': False, 'synonyms': NEIGHBOURS_SHA256[:16]},
-    'sample': {'lr': 1e-3, 'epochs': 4, 'epochs_rs_a': 0.4, 'batch': 64, 'warmup': 0.05, 'eval_steps': 250,
-               'freeze_embeddings': True, 'float32': True, 'synonyms': '46401c0147f5a83d',
+    'pawsx': {**XTREME, 'epochs': 5, 'epochs_rs_a': 3, 'eval_steps': 200},
+    'xnli': {**XTREME, 'epochs': 2, 'epochs_rs_a': 1, 'eval_steps': 1000},
+    'sample': {'lr': 1e-3, 'batch': 64, 'warmup': 0.05, 'freeze_embeddings': True, 'float32': True,
+               'synonyms': '46401c0147f5a83d', 'epochs': 4, 'epochs_rs_a': 0.4, 'eval_steps': 250,
                'plain_steps': 750},
 }
 POOL = 64               # batches that are sorted by length together (ours)
-LOOK = 100              # steps between two looks at the loss: each waits for the GPU (ours)
 # A dev evaluation saves the state if it is the best, the last, or this long after the state before (ours).
 STATE_SECONDS = 300
 SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'distance.py')
@@ -68,110 +67,85 @@ SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'dis
 WHOLE, COUNT, RADIUS = in_range(int, 0), in_range(int, 1), in_range(float, 0)
 SHARE, POSITIVE = in_range(float, 0, 1), in_range(float, 1e-9)
 FLAGS = {       # name: type, the choices or bool; what the help says
-    'what to run': {
-        'task': (TASKS, 'sample: a small made-up world that needs no download'),
-        'method': (robust.METHODS, 'plain training; adv: adversarial training (3.1); rs_r: random '
-                   'perturbation, rs_a: synonyms (3.2); one run for each method, eps and seed'),
-        'eps': (RADIUS, 'radius of the L-inf ball; paper: 0.001 0.01 0.1 1.0'),
-        'seed': (in_range(int, 0, 2 ** 63 - 1), 'of every random draw'),
-        'model': (str, f'any Hugging Face encoder, a name or a folder; else {evaluate.MBERT}, of sample its '
-                  'own'),
-        'dry_run': (bool, 'fetch and look at all that the runs read, list them, stop'),
-    },
-    'the method': {
-        'layer': (int, 'where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last; with any but 0 '
-                  'all runs of the command are float32'),
-        'adv_steps': (COUNT, 'sign steps of the inner maximisation'),
-        'plain_steps': (WHOLE, 'begin with so many steps of plain training'),
-        'm': (COUNT, 'augmented copies of each pair'),
-        'p': (SHARE, 'probability that a word is replaced'),
-        'replace': (('paper', 'authors'), 'each word with probability p; or every word, uniform over itself '
-                    'and its synonyms'),
-        'english_only': (bool, 'only synonyms that occur in the English training pairs'),
-        'synonyms': (str, "rs_a: neighbour file; else the authors', fetched into DATA"),
-    },
-    'training': {
-        'epochs': (POSITIVE, 'passes over the training set, of rs_a over its copies'),
-        'lr': (POSITIVE, 'peak learning rate, linear decay to 0'),
-        'warmup': (SHARE, 'share of the steps in which the learning rate rises'),
-        'batch': (COUNT, 'pairs a step, over all GPUs'),
-        'max_length': (in_range(int, 8), 'tokens a pair, at most'),
-        'eval_steps': (COUNT, 'English dev accuracy every so many steps'),
-        'max_steps': (COUNT, 'stop after so many steps, the schedule shortened to them'),
-        'freeze_embeddings': (bool, 'keep the word embeddings as pre-trained'),
-        'float32': (bool, 'no bfloat16, whatever the hardware'),
-    },
-    'data and output': {
-        'data': (str, "folder in XTREME's layout"),
-        'langs': (str, "languages to score, any with a test file; else the task's"),
-        'max_train': (COUNT, 'train on so many pairs only, the first'),
-        'max_eval': (COUNT, 'score so many pairs of each dev and test file only, the first'),
-        'out': (str, 'run folder; of several runs the folder above them; else runs/TASK-RUN, RUN being such '
-                'as rs_r-0.1-seed42'),
-    },
+    'task': (TASKS, 'sample: a small made-up world that needs no download'),
+    'method': (robust.METHODS, 'plain training; adv: adversarial training (3.1); rs_r: random perturbation, '
+               'rs_a: synonyms (3.2); one run for each method, eps and seed'),
+    'eps': (RADIUS, 'radius of the L-inf ball; paper: 0.001 0.01 0.1 1.0'),
+    'seed': (in_range(int, 0, 2 ** 63 - 1), 'of every random draw'),
+    'model': (str, f'any Hugging Face encoder, a name or a folder; else {evaluate.MBERT}, of sample its own'),
+    'dry_run': (bool, 'fetch and look at all that the runs read, list them, stop'),
+    'layer': (int, 'where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last; with any but 0 all '
+              'runs of the command are float32'),
+    'adv_steps': (COUNT, 'sign steps of the inner maximisation'),
+    'plain_steps': (WHOLE, 'begin with so many steps of plain training'),
+    'm': (COUNT, 'augmented copies of each pair'),
+    'p': (SHARE, 'probability that a word is replaced'),
+    'replace': (('paper', 'authors'), 'each word with probability p; or every word, uniform over itself and '
+                'its synonyms'),
+    'english_only': (bool, 'only synonyms that occur in the English training pairs'),
+    'synonyms': (str, "rs_a: neighbour file; else the authors', fetched into DATA"),
+    'epochs': (POSITIVE, 'passes over the training set, of rs_a over its copies'),
+    'lr': (POSITIVE, 'peak learning rate, linear decay to 0'),
+    'warmup': (SHARE, 'share of the steps in which the learning rate rises'),
+    'batch': (COUNT, 'pairs a step, over all GPUs'),
+    'max_length': (in_range(int, 8), 'tokens a pair, at most'),
+    'eval_steps': (COUNT, 'English dev accuracy every so many steps'),
+    'max_steps': (COUNT, 'stop after so many steps, the schedule shortened to them'),
+    'freeze_embeddings': (bool, 'keep the word embeddings as pre-trained'),
+    'float32': (bool, 'no bfloat16, whatever the hardware'),
+    'data': (str, "folder in XTREME's layout"),
+    'langs': (str, "languages to score, any with a test file; else the task's"),
+    'max_train': (COUNT, 'train on so many pairs only, the first'),
+    'max_eval': (COUNT, 'score so many pairs of each dev and test file only, the first'),
+    'out': (str, 'run folder; of several runs the folder above them; else runs/TASK-RUN, RUN being such as '
+            'rs_r-0.1-seed42'),
 }
 
 
 def parse_args(words=None):
     """The command line, or these words of one; None for what is not given. Raises InputError."""
+    flags, defaults = dict(FLAGS), {'all': COMMON, **DEFAULTS}
+    for method, (_, own) in robust.METHODS.items():
+        defaults[method] = own
+        for name, value in own.items():
+            flags.setdefault(name, (type(value), ''))       # of a method that is not the paper's
     parser = Parser(
-        description=__doc__,
+        description=__doc__, epilog='\n'.join(f'defaults of {of}: {them}' for of, them in defaults.items()),
         usage='%(prog)s --task TASK --method METHOD [METHOD ...] [options]      (all of them: --help)')
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, (kind, text) in flags.items():
-            options = {'type': kind} if callable(kind) else {'choices': kind}
-            if kind is bool:
-                options = {'action': argparse.BooleanOptionalAction}
-            if name in ('method', 'eps', 'seed', 'langs'):
-                options['nargs'] = '+'
-            group.add_argument('--' + name.replace('_', '-'), required=name in ('task', 'method'),
-                               default=COMMON.get(name), help=f'{text}{defaults_of(name)}', **options)
-    known = set(itertools.chain(*FLAGS.values()))
-    for method in robust.METHODS.values():      # of one that is not the paper's
-        for name in method.own.keys() - known:
-            known.add(name)
-            parser.add_argument('--' + name.replace('_', '-'), type=type(method.own[name]))
+    for name, (kind, text) in flags.items():
+        options = {'type': kind} if callable(kind) else {'choices': kind}
+        if kind is bool:
+            options = {'action': argparse.BooleanOptionalAction}
+        if name in ('method', 'eps', 'seed', 'langs'):
+            options['nargs'] = '+'
+        parser.add_argument('--' + name.replace('_', '-'), required=name in ('task', 'method'),
+                            default=COMMON.get(name), help=text, **options)
     return parser.parse_args(words)
 
 
-def defaults_of(name):
-    """' (default: pawsx 5, xnli 2)', where a task or a method has one for this flag."""
-    found = {task: values[name] for task, values in DEFAULTS.items() if name in values and name != 'synonyms'}
-    for method, (_, own) in robust.METHODS.items():
-        if name in own:
-            found[method] = own[name]
-    each = ', '.join(f'{where} {value}' for where, value in found.items())
-    each = each or str(COMMON.get(name, '')).strip('[]')
-    return f' (default: {each})' if each else ''
-
-
 def runs_of(args):
-    """One set of arguments for each run that the command line asks for."""
-    runs = []
-    for method, seed in itertools.product(args.method, args.seed):
-        several = args.eps and 'eps' in robust.METHODS[method].own
-        runs += [run_of(args, method, eps, seed) for eps in (args.eps if several else [None])]
-    return runs
+    """One set of arguments for each run that the command line asks for, defaults filled in.
 
-
-def run_of(args, method, eps, seed):
-    """The arguments of one run, defaults filled in. `own`: those of its method, and of no other."""
+    `own`: the arguments of its method, and of no other.
+    """
     given = {name: value for name, value in vars(args).items() if value is not None}
     defaults = DEFAULTS[args.task]
-    run = argparse.Namespace(**vars(args) | defaults | given)
-    run.method, run.seed, run.own = method, seed, {}
-    for name, default in robust.METHODS[method].own.items():
-        run.own[name] = given.get(name, defaults.get(name, default))
-    if eps is not None:
-        run.own['eps'] = eps
-    run.model = args.model or evaluate.default_model(args.task, args.data)
-    run.synonyms = None
-    if 'm' in run.own:
-        run.epochs = args.epochs or defaults['epochs_rs_a']
-        file = 'sample/synonyms.json' if args.task == 'sample' else NEIGHBOURS
-        run.synonyms = args.synonyms or f'{args.data}/{file}'
-    return run
+    runs = []
+    for method, seed, eps in itertools.product(args.method, args.seed, args.eps or [None]):
+        run = argparse.Namespace(**vars(args) | defaults | given)
+        run.method, run.seed, run.own, run.synonyms = method, seed, {}, None
+        for name, default in robust.METHODS[method].own.items():
+            run.own[name] = given.get(name, defaults.get(name, default))
+        if args.eps and 'eps' in run.own:
+            run.own['eps'] = eps
+        run.model = args.model or evaluate.default_model(args.task, args.data)
+        if 'm' in run.own:
+            run.epochs = args.epochs or defaults['epochs_rs_a']
+            file = 'sample/synonyms.json' if args.task == 'sample' else NEIGHBOURS
+            run.synonyms = args.synonyms or f'{args.data}/{file}'
+        if run not in runs:         # without an eps of its own it would be there for each
+            runs.append(run)
+    return runs
 
 
 # ---------------------------------------------------------------- identity
@@ -208,16 +182,16 @@ def beginning_of(run, inputs):
 
     `made_by` decides nothing, but is said where it differs when a run goes on.
     """
-    aside = {'own', 'name', 'out', 'epochs_rs_a', *FLAGS['the method']}
+    aside = {'own', 'epochs_rs_a'}.union(*(method.own for method in robust.METHODS.values()))
     args = {name: value for name, value in vars(run).items() if name not in aside}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
+    versions['python'] = platform.python_version()
     modules = b''.join(Path(__file__).with_name(name).read_bytes() for name in SOURCE)
+    source = hashlib.sha256(modules).hexdigest()[:16]
     device = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    made_by = {'versions': {'python': platform.python_version()} | versions,
-               'source': hashlib.sha256(modules).hexdigest()[:16], 'device': device, 'processes': WORLD,
-               'paths': {name: getattr(run, name) for name in ('model', 'data', 'synonyms', 'out')}}
+    made_by = {'versions': versions, 'source': source, 'device': device, 'processes': WORLD}
     return identity_of(run, inputs) | {'args': args | run.own, 'made_by': made_by}
 
 
@@ -250,8 +224,11 @@ def plan(pairs, tokenizer, run):
     epochs = [torch.randperm(rows, generator=generator) for _ in range(math.ceil(wanted / rows))]
     order = torch.cat(epochs)[:wanted]
 
-    # row = copy * len(pairs) + pair, as in synonyms.Copies.
-    tokens = count_tokens(pairs, tokenizer, (order % len(pairs)).unique().tolist())
+    # How many tokens a pair has; row = copy * len(pairs) + pair, as in synonyms.Copies.
+    tokens = torch.zeros(len(pairs), dtype=torch.long)
+    for block in progress((order % len(pairs)).unique().split(5000), desc='counting tokens', unit='block'):
+        features, _ = evaluate.encode(tokenizer, [pairs[row] for row in block.tolist()], None)
+        tokens[block] = torch.tensor([len(feature['input_ids']) for feature in features])
     batches = []
     for pool in order.split(pool_rows):
         by_length = pool[tokens[pool % len(pairs)].argsort(stable=True)]
@@ -259,16 +236,6 @@ def plan(pairs, tokenizer, run):
         for i in torch.randperm(len(of_a_pool), generator=generator).tolist():
             batches.append(of_a_pool[i].tolist())
     return batches[:steps]
-
-
-def count_tokens(pairs, tokenizer, rows):
-    """How many tokens the pairs of these rows have: int64 (pairs,), 0 for the others."""
-    tokens = torch.zeros(len(pairs), dtype=torch.long)
-    for start in progress(range(0, len(rows), 5000), desc='counting tokens', unit='block'):
-        block = rows[start:start + 5000]
-        features, _ = evaluate.encode(tokenizer, [pairs[row] for row in block], None)
-        tokens[block] = torch.tensor([len(feature['input_ids']) for feature in features])
-    return tokens
 
 
 def collate(pairs, tokenizer, max_length):
@@ -326,7 +293,6 @@ def train(model, tokenizer, pairs, dev, run, copies=None, dtype=torch.float32, t
     noise = torch.Generator(model.device)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     dropout = CheapDropout.fitting(model)
-    losses = []
     bar = progress(loader, desc=title, unit='step', total=steps, initial=at)
     started = saved = time.perf_counter()
 
@@ -345,23 +311,17 @@ def train(model, tokenizer, pairs, dev, run, copies=None, dtype=torch.float32, t
         optimizer.step()
         optimizer.zero_grad()
 
-        losses.append(loss.detach())
-        due = step % run.eval_steps == 0 or step == steps
-        if due or step % LOOK == 0:
-            check_losses(losses, step)
-            shown = f', best dev {state["best_dev"]:.1f}' if state['best_step'] else ''
-            bar.set_postfix_str(f'loss {losses[-1]:.3f}{shown}', refresh=False)
-            losses.clear()
-        if not due:
+        if step % run.eval_steps > 0 and step < steps:
             continue
-
         state['step'] = step
         state['seconds'] += time.perf_counter() - started
         if RANK == 0:
-            options = {'dtype': dtype, 'max_length': max_length, 'desc': 'dev-en'}
-            predicted, _ = evaluate.predict(model, tokenizer, dev, **options)
+            # Stops a run that diverged: logits that are not finite are an InputError.
+            predicted, _ = evaluate.predict(model, tokenizer, dev, dtype=dtype, max_length=max_length,
+                                            desc='dev-en')
             accuracy = evaluate.accuracy(evaluate.marks(predicted, dev))        # of English dev, in percent
             state['history'].append({'step': step, 'loss': loss.item(), 'dev': accuracy})
+            bar.set_postfix_str(f'dev {accuracy:.1f}', refresh=False)
             # A checkpoint is a method's only if the method made it; strictly greater, as XTREME.
             best = step > plain_steps and accuracy > state['best_dev']
             if best:
@@ -392,13 +352,6 @@ def adamw(model, run):
     return torch.optim.AdamW(model.parameters(), lr=run.lr, eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def check_losses(losses, step):
-    """Raise InputError if one of these losses, the last of them that of `step`, is not finite."""
-    for number, loss in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise InputError(f'step {number}: the loss is {loss}; try a smaller --lr or --eps, or --float32')
-
-
 # ---------------------------------------------------------------- the run folder
 
 WRITTEN = ('config.json', 'model.safetensors', 'tokenizer.json', 'state.pt', 'predictions', 'args.json',
@@ -411,7 +364,6 @@ def save_checkpoint(model, tokenizer, out):
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        copy_permissions(part)
         for file in part.iterdir():
             os.replace(file, Path(out) / file.name)
     finally:
@@ -429,13 +381,9 @@ def load_state(model, optimizer, run):
     path = Path(run.out) / 'state.pt'
     if not path.exists():
         return {'step': 0, 'best_dev': -1.0, 'best_step': 0, 'history': [], 'seconds': 0.0}
-    try:
-        state = torch.load(path, map_location=model.device, weights_only=True)
-        model.load_state_dict(state.pop('weights'))
-        optimizer.load_state_dict(state.pop('optimizer'))
-    except Exception as error:      # whatever a file that is none makes torch raise
-        raise InputError(f'{path}: not a state that train.py wrote ({evaluate.first_line(error)}); '
-                         'remove it to begin anew') from None
+    state = torch.load(path, map_location=model.device, weights_only=True)
+    model.load_state_dict(state.pop('weights'))
+    optimizer.load_state_dict(state.pop('optimizer'))
     evaluate.say(f'{run.out}: goes on after step {state["step"]}')
     return state
 
@@ -456,7 +404,7 @@ def status_of(out, beginning, alone=True):
         differ = evaluate.differences(theirs['setting'], beginning['setting'])
         if theirs['name'] != beginning['name']:
             differ.insert(0, f'{theirs["name"]}, not {beginning["name"]}')
-        made_by = theirs['made_by']
+        others = evaluate.differences(theirs['made_by'], beginning['made_by'])
     except (OSError, ValueError, LookupError, TypeError):
         raise InputError(f'{folder}: holds {", ".join(held)}, but no {path.name} of this train.py; name '
                          'another folder with --out') from None
@@ -466,10 +414,9 @@ def status_of(out, beginning, alone=True):
         return 'finished', theirs
     if 'state.pt' not in held:
         return 'new', beginning
-    for name, value in beginning['made_by'].items():
-        if made_by.get(name) != value:
-            evaluate.say(f'{out}: began with other {name}: {made_by.get(name)}, now {value}')
-    return 'to be resumed', beginning | {'began_with': theirs.get('began_with', made_by)}
+    if others:
+        evaluate.say(f'{out}: began with {"; ".join(others)}')
+    return 'to be resumed', beginning | {'began_with': theirs.get('began_with', theirs['made_by'])}
 
 
 def write_json(path, content):
@@ -490,33 +437,33 @@ class Inputs(NamedTuple):
     dtype: torch.dtype
 
 
-def read_inputs(args, runs, device, dtype):
+def read_inputs(args, runs):
     """Everything that the runs will read, looked at before the first of them begins. Raises InputError."""
+    layer = next((run.own['layer'] for run in runs if run.own.get('layer')), 0)
+    # After layer 0 comes a LayerNorm, which autocast leaves in float32; after any other a matrix product,
+    # whose input it rounds to bfloat16, delta and all.
+    device, dtype = evaluate.choose_device(runs[0].float32 or layer != 0)
     prepare(args.data, args.task, langs=args.langs)
-    langs = languages_of(args.data, args.task, args.langs)
+    langs = languages_of(args.task, args.langs)
     read, files = {}, {}
     for split, lang in [('train', 'en'), ('dev', 'en'), *itertools.product(('test', 'dev'), langs)]:
         path = path_of(args.data, args.task, split, lang)
         if split != 'dev' or lang == 'en' or path.exists():
-            read[path.name], files[path.name] = read_pairs(path, args.task), digest(path)
-    pairs, dev = read['train-en.tsv'], read['dev-en.tsv']
-    for name, english in (('train-en.tsv', pairs), ('dev-en.tsv', dev)):
-        evaluate.say(describe(Path(args.data) / args.task / name, english))
-        if english[0].label is None:
-            raise InputError(f'{Path(args.data) / args.task / name}: no labels; training needs them')
-    pairs, dev = pairs[:args.max_train], dev[:args.max_eval]
+            read[path.name] = read_pairs(path, args.task)
+            files[path.name] = digest(path)
+    pairs, dev = read['train-en.tsv'][:args.max_train], read['dev-en.tsv'][:args.max_eval]
+    if None in (pairs[0].label, dev[0].label):
+        raise InputError(f'{args.data}/{args.task}: train-en.tsv or dev-en.tsv has no labels; both need them')
 
-    layer = next((run.own['layer'] for run in runs if run.own.get('layer')), 0)
     model, tokenizer = evaluate.load_encoder(runs[0].model, args.task, layer=layer)
     files['model'] = evaluate.fingerprint(model, tokenizer)
     drops = {name: value for name, value in model.config.to_dict().items() if 'drop' in name}
     files['dropout'] = json.dumps(drops, sort_keys=True)        # no part of the weights, but of the training
     for run in runs:
-        steps = steps_of(run, len(pairs))
-        if run.own.get('plain_steps', 0) >= steps:
-            raise InputError(f'--plain-steps {run.own["plain_steps"]}: the run has {steps} steps, so that '
-                             f'{run.method} would never begin; expected --plain-steps below {steps}')
-        if 'm' in run.own:
+        if run.own.get('plain_steps', 0) >= steps_of(run, len(pairs)):
+            raise InputError(f'--plain-steps {run.own["plain_steps"]}: {run.method} would never begin; '
+                             f'expected fewer than the {steps_of(run, len(pairs))} steps of the run')
+        if run.synonyms:
             if not args.synonyms:
                 fetch_neighbours(run.synonyms)      # the sample world has its own by now
             copies_of(run, pairs)
@@ -525,7 +472,7 @@ def read_inputs(args, runs, device, dtype):
 
 def copies_of(run, pairs):
     """RS-A's training set, m copies of the pairs; None for the other methods."""
-    if 'm' not in run.own:
+    if not run.synonyms:
         return None
     neighbours = synonyms.read_synonyms(run.synonyms)
     if run.own['english_only']:
@@ -536,23 +483,16 @@ def copies_of(run, pairs):
 
 def train_and_score(run, beginning, inputs, title):
     """One run, from its beginning to results.json."""
-    began = time.perf_counter()
     out, copies = Path(run.out), copies_of(run, inputs.pairs)
     if RANK == 0:
         write_json(out / 'args.json', beginning)
     torch.manual_seed(run.seed)
-    if inputs.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
     model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings)
     model.to(inputs.device)
     trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, title)
     if RANK > 0:
         return
     record = beginning | trained | scores_of(run, inputs)
-    record['changed'] = synonyms.changed_share(copies) if copies else None
-    if inputs.device.type == 'cuda':
-        record['peak_memory_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-    record['wall_seconds'] = time.perf_counter() - began        # since it was last begun or resumed
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
     average = evaluate.accuracies([record], inputs.langs).nanmean()     # nan if no test file has labels
@@ -568,22 +508,19 @@ def scores_of(run, inputs):
     record = {'longest': max_length}
     for split, shown in (('dev', 'dev_all'), ('test', 'test')):
         scored = evaluate.score(model, tokenizer, run.task, run.data, inputs.langs, split=split, **options)
-        scored = {lang: row for _, lang, row in scored}
+        scored = dict(scored)
         evaluate.write_predictions(Path(run.out) / 'predictions' / run.task, split, scored)
         marks = {lang: row['marks'] for lang, row in scored.items()}
         record[f'{split}_marks'] = marks
         record[shown] = {lang: evaluate.accuracy(row) if row else None for lang, row in marks.items()}
     for name in ('answers', 'cut'):
         record[name] = {lang: row[name] for lang, row in scored.items()}       # of the test files
-    evaluate.say_cut(record['cut'], max_length)
     return record
 
 
 def start_processes():
     """Where torchrun started this process: join the others."""
     if WORLD == 1:
-        if 'RANK' in os.environ:
-            evaluate.say('RANK is set, but torchrun did not set it: one process')
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
@@ -592,11 +529,10 @@ def start_processes():
 
 
 def make(run, beginning, inputs, title):
-    """Make a run, unless it is finished -> whether another process is at it. Raises InputError.
+    """Make a run, unless it is finished or another process is at it. Raises InputError.
 
     The folder's one writer holds its lock, and asks only then what the folder holds.
     """
-    again = 'the same command goes on from its last saved state'
     lock, found = FileLock(Path(run.out) / '.lock'), [None]
     if RANK == 0:       # it decides for all
         Path(run.out).mkdir(parents=True, exist_ok=True)
@@ -607,18 +543,13 @@ def make(run, beginning, inputs, title):
         dist.broadcast_object_list(found)
     status, beginning, alone = found[0]
     try:
-        if alone and status != 'finished':
-            with enough_memory(f'try --freeze-embeddings, or a smaller --batch or --max-length; {again}'):
+        if status != 'finished' and not alone:
+            evaluate.say(f'{run.out}: being made by another process')
+        elif status != 'finished':
+            with enough_memory('try --freeze-embeddings, or a smaller --batch or --max-length'):
                 train_and_score(run, beginning, inputs, title)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'{run.out}: stopped; {again}') from None
-    except OSError as error:
-        raise InputError(f'{run.out}: {error.filename}: {error.strerror}; {again}') from None
-    except InputError as error:
-        raise InputError(f'{run.out}: {error}') from None
     finally:
         lock.release()
-    return not alone and status != 'finished'
 
 
 def main(words=None):
@@ -629,35 +560,27 @@ def main(words=None):
     args = parse_args(words)
     runs = runs_of(args)
     start_processes()
-    # After layer 0 comes a LayerNorm, which autocast leaves in float32; after any other a matrix product,
-    # whose input it rounds to bfloat16, delta and all.
-    float32 = runs[0].float32 or any(run.own.get('layer') for run in runs)
-    inputs = read_inputs(args, runs, *evaluate.choose_device(float32))
-    beginnings = []
+    inputs = read_inputs(args, runs)
+    beginnings, failed = [], []
     for run in runs:
-        run.name = identity_of(run, inputs)['name']
-        run.out = args.out if args.out and len(runs) == 1 else f'{args.out or "runs"}/{args.task}-{run.name}'
+        name = identity_of(run, inputs)['name']
+        run.out = args.out if args.out and len(runs) == 1 else f'{args.out or "runs"}/{args.task}-{name}'
         beginnings.append(beginning_of(run, inputs))
         status, _ = status_of(run.out, beginnings[-1])
         evaluate.say(f'{run.out}: {status}, {steps_of(run, len(inputs.pairs)):,} steps')
     if args.dry_run:
         return
-    failed, elsewhere = [], []
     for number, (run, beginning) in enumerate(zip(runs, beginnings), 1):
-        title = run.name if len(runs) == 1 else f'run {number} of {len(runs)}: {run.name}'
         try:
-            if make(run, beginning, inputs, title):
-                elsewhere.append(run.out)
+            make(run, beginning, inputs, f'run {number} of {len(runs)}: {beginning["name"]}')
         except InputError as error:
-            if WORLD > 1 or len(runs) == 1:     # the other processes are where this one is not
-                raise
-            evaluate.say(str(error))
-            failed.append(str(error))
-    elsewhere = [out for out in elsewhere if not (Path(out) / 'results.json').exists()]
-    if RANK == 0 and elsewhere:
-        evaluate.say(f'being made by another process: {" ".join(elsewhere)}')
-    elif RANK == 0 and len(failed) < len(runs):
-        evaluate.report(evaluate.read_records([run.out for run in runs]))
+            failed.append(f'{run.out}: {error}')
+            if WORLD > 1 or len(runs) == 1:         # the other processes are where this one is not
+                raise InputError(failed[-1]) from None
+            evaluate.say(failed[-1])
+    finished = [run.out for run in runs if (Path(run.out) / 'results.json').exists()]
+    if RANK == 0 and finished:
+        evaluate.report(evaluate.read_records(finished))
     if WORLD > 1:
         dist.destroy_process_group()
     if failed:

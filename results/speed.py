@@ -128,7 +128,7 @@ def main(words=None):
     """Time everything, and print each rate beside its baseline and, for plain and evaluation, the floor."""
     args = train.parse_args(words)
     runs = train.runs_of(args)
-    inputs = train.read_inputs(args, runs, *evaluate.choose_device(runs[0].float32))
+    inputs = train.read_inputs(args, runs)
     rounds = [one_round(runs, inputs) for _ in range(ROUNDS)]
     median = {}
     for name in rounds[0]:
