@@ -124,6 +124,12 @@ def replacing(path):
             part.unlink()
 
 
+def write_json(path, content):
+    """Write one line of JSON, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content) + '\n')
+
+
 @contextlib.contextmanager
 def enough_memory(advice):
     """Within it, memory that does not suffice, on CPU or GPU, is an InputError with this advice."""
@@ -369,12 +375,11 @@ def fetch_neighbours(path):
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        _download(NEIGHBOURS_URL, part, f'keep it as {path}', NEIGHBOURS_SHA256)
+    _download(NEIGHBOURS_URL, path, f'keep it as {path}', NEIGHBOURS_SHA256)
 
 
 def _download(url, path, by_hand, sha256=None):
-    """Fetch url into path, with a progress bar on a terminal. Raises InputError if it cannot be had."""
+    """Fetch url into path, whole or not at all, with a progress bar on a terminal. Raises InputError."""
     socket.setdefaulttimeout(30)
     try:
         download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())

@@ -13,7 +13,6 @@ What is measured is printed, and written to --out FOLDER/distances.json where th
 """
 
 import functools
-import json
 import math
 import unicodedata
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import evaluate
 import robust
 from data import (TASKS, InputError, Parser, in_range, path_of, prepare, progress,
-                  read_lines, read_pairs, replacing, run_script)
+                  read_lines, read_pairs, run_script, write_json)
 
 P_0, MU, ITERATIONS = 0.08, 0.01, 5             # Dyer, and the defaults of fast_align
 TENSION, TENSIONS = 4.0, (0.1, 14.0)            # lambda's start and bounds (fast_align)
@@ -307,8 +306,7 @@ def distances(args):
             english = embed(model, tokenizer, english, 'en', args.layer)
             results['languages'][lang] = compare(lang, theirs, english)
             if args.out:
-                with replacing(Path(args.out) / 'distances.json') as part:
-                    part.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+                write_json(Path(args.out) / 'distances.json', results)
     finally:        # what was measured is printed also where a later language fails
         report(f'{args.task}, layer {args.layer} of {args.model}; English: '
                f'{args.translations or "test-en.tsv"}; sentence pairs: {args.max_sentences or "all"}',

@@ -41,7 +41,7 @@ import robust
 import synonyms
 from data import (NEIGHBOURS, NEIGHBOURS_SHA256, RANK, TASKS, WORLD, InputError, Parser, digest,
                   enough_memory, fetch_neighbours, in_range, languages_of, path_of, prepare, progress,
-                  read_pairs, replacing, run_script)
+                  read_pairs, replacing, run_script, write_json)
 
 # Of PAWS-X and XNLI: XTREME's published scripts; the authors' code (uclanlp/Robust-XLT) has the same but for
 # epochs. epochs: XTREME's script (PAWS-X) and its paper (XNLI); epochs_rs_a, over the augmented data, and the
@@ -417,12 +417,6 @@ def status_of(out, beginning, alone=True):
     if others:
         evaluate.say(f'{out}: began with {"; ".join(others)}')
     return 'to be resumed', beginning | {'began_with': theirs.get('began_with', theirs['made_by'])}
-
-
-def write_json(path, content):
-    """Write one line of JSON, whole or not at all."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, allow_nan=False) + '\n')
 
 
 # ---------------------------------------------------------------- the runs
