@@ -68,8 +68,8 @@ def run_script(main):
         if error.filename is None:
             raise
         sys.exit(f'{error.filename}: {error.strerror}')
-    except KeyboardInterrupt as error:
-        print(str(error) or 'stopped', file=sys.stderr)
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
         sys.exit(130)
 
 

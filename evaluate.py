@@ -655,19 +655,11 @@ def as_cells(langs, scores):
     return cells
 
 
-def row_cells(row, langs, plain):
-    """A variant's cells; plain: the records to compare with, none for plain itself."""
-    cells = as_cells(langs, averaged(accuracies(row.records, langs).mean(0)))
-    cells['n'], cells['steps'] = str(len(row.records)), f'{row.records[0]["steps"]:,}'
-    cells['dev'] = f'{mean_dev(row):.1f}'
-    points, half = gain(row.records, plain, langs)
-    if points[-1].isfinite():
-        cells['gain'] = f'{points[-1]:+.1f} ±{half[-1]:.1f}'.removesuffix(' ±nan')
-    return cells
-
-
 def family_lines(family, langs, plain):
-    """A family's lines of the table, (name, cells) each: its eps, then the oracle's."""
+    """A family's lines of the table, (name, cells) each: its eps, then the oracle's.
+
+    plain: the records to compare with, none for plain itself.
+    """
     lines = []
     choice = len(rivals(family)) > 1
     for row in family:
@@ -678,7 +670,13 @@ def family_lines(family, langs, plain):
             name += ' °'
         if any(map(one_answer, row.records)):
             name += ' †'
-        lines.append((name, row_cells(row, langs, plain)))
+        cells = as_cells(langs, averaged(accuracies(row.records, langs).mean(0)))
+        cells['n'], cells['steps'] = str(len(row.records)), f'{row.records[0]["steps"]:,}'
+        cells['dev'] = f'{mean_dev(row):.1f}'
+        points, half = gain(row.records, plain, langs)
+        if points[-1].isfinite():
+            cells['gain'] = f'{points[-1]:+.1f} ±{half[-1]:.1f}'.removesuffix(' ±nan')
+        lines.append((name, cells))
     best = oracle(family, langs)
     if choice and best.isfinite().any():
         lines.append((f'{family[0].variant["method"]} oracle', as_cells(langs, best)))
