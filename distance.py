@@ -308,9 +308,10 @@ def distances(args):
             if args.out:
                 write_json(Path(args.out) / 'distances.json', results)
     finally:        # what was measured is printed also where a later language fails
-        report(f'{args.task}, layer {args.layer} of {args.model}; English: '
-               f'{args.translations or "test-en.tsv"}; sentence pairs: {args.max_sentences or "all"}',
-               results['languages'])
+        if results['languages']:
+            report(f'{args.task}, layer {args.layer} of {args.model}; English: '
+                   f'{args.translations or "test-en.tsv"}; sentence pairs: {args.max_sentences or "all"}',
+                   results['languages'])
     return results
 
 

@@ -331,9 +331,10 @@ def measured(record, langs, args):
     model, tokenizer = load(record['where'])
     device, dtype = choose_device(setting['dtype'] == 'float32')
     where = model.to(device), tokenizer, setting['task'], args.data or trained['data'], langs
-    options = {'max_eval': args.max_eval or trained['max_eval'], 'layer': trained.get('layer', 0)}
-    options |= {'dtype': dtype, 'max_length': longest(model, tokenizer, trained['max_length'])}
-    options['batch'] = trained['batch']         # for which there was memory
+    # As in training: its batch fitted the memory.
+    options = {'layer': trained.get('layer', 0), 'batch': trained['batch'], 'dtype': dtype}
+    options['max_eval'] = args.max_eval or trained['max_eval']
+    options['max_length'] = longest(model, tokenizer, trained['max_length'])
     if args.generalized:
         yield from generalized(*where, **options)
         return
@@ -806,7 +807,8 @@ def measure(record, args):
             marked = {lang: one['marks'] for lang, one in scored.items()}
             lines[row] = as_cells(langs, averaged(accuracies([{'test_marks': marked}], langs))[0])
         above = f'{record["where"]}, {record["setting"]["task"]}, accuracy in percent; {args.asked}'
-        print(render([above], [*langs, 'avg.'], lines.items(), []))
+        if lines:
+            print(render([above], [*langs, 'avg.'], lines.items(), []))
     return found, lines
 
 

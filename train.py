@@ -64,20 +64,19 @@ SOURCE = ('robust.py', 'synonyms.py', 'data.py', 'train.py', 'evaluate.py', 'dis
 
 # ---------------------------------------------------------------- the command line
 
-WHOLE, COUNT, RADIUS = in_range(int, 0), in_range(int, 1), in_range(float, 0)
-SHARE, POSITIVE = in_range(float, 0, 1), in_range(float, 1e-9)
+COUNT, SHARE, POSITIVE = in_range(int, 1), in_range(float, 0, 1), in_range(float, 1e-9)
 FLAGS = {       # name: type, the choices or bool; what the help says
     'task': (TASKS, 'sample: a small made-up world that needs no download'),
     'method': (robust.METHODS, 'plain training; adv: adversarial training (3.1); rs_r: random perturbation, '
                'rs_a: synonyms (3.2); one run for each method, eps and seed'),
-    'eps': (RADIUS, 'radius of the L-inf ball; paper: 0.001 0.01 0.1 1.0'),
+    'eps': (in_range(float, 0), 'radius of the L-inf ball; paper: 0.001 0.01 0.1 1.0'),
     'seed': (in_range(int, 0, 2 ** 63 - 1), 'of every random draw'),
     'model': (str, f'any Hugging Face encoder, a name or a folder; else {evaluate.MBERT}, of sample its own'),
     'dry_run': (bool, 'fetch and look at all that the runs read, list them, stop'),
     'layer': (int, 'where Enc(x) ends: 0 word embeddings, k the k-th layer, -1 the last; with any but 0 all '
               'runs of the command are float32'),
     'adv_steps': (COUNT, 'sign steps of the inner maximisation'),
-    'plain_steps': (WHOLE, 'begin with so many steps of plain training'),
+    'plain_steps': (in_range(int, 0), 'begin with so many steps of plain training'),
     'm': (COUNT, 'augmented copies of each pair'),
     'p': (SHARE, 'probability that a word is replaced'),
     'replace': (('paper', 'authors'), 'each word with probability p; or every word, uniform over itself and '
