@@ -107,21 +107,24 @@ def digest(path):
 def replacing(path):
     """Write beside, then rename: yields the path to write to. The file is whole or as it was.
 
-    A link stays, and its target is replaced. An OSError (read-only folder, full disk) passes through and
-    names `path`.
+    A link stays, and its target is replaced; a device or a pipe is written to. An OSError (read-only folder,
+    full disk) passes through and names `path`.
     """
-    target = Path(path).resolve()
-    # A name of its own, as another process may write the same file.
-    part = target.with_name(f'{target.name}.part{os.urandom(4).hex()}')
+    part = target = Path(path)
+    if target.is_file() or not target.exists():
+        target = target.resolve()
+        # A name of its own, as another process may write the same file.
+        part = target.with_name(f'{target.name}.part{os.urandom(4).hex()}')
     try:
         yield part
-        os.replace(part, target)
+        if part != target:
+            os.replace(part, target)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if part != target:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -497,9 +500,7 @@ def main(words=None):
     args = parser.parse_args(words)
     prepare(args.data, args.task, args.archives, complete=True)
     for path in sorted((Path(args.data) / args.task).glob('*.tsv')):
-        pairs = read_pairs(path, args.task)
-        unlabelled = '; no labels: cannot be scored' if pairs[0].label is None else ''
-        print(f'{path}: {len(pairs):,} pairs{unlabelled}')
+        print(f'{path}: {len(read_pairs(path, args.task)):,} pairs')
     if args.task != 'sample':
         fetch_neighbours(Path(args.data) / NEIGHBOURS)
 

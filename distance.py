@@ -13,6 +13,7 @@ What is measured is printed, and written to --out FOLDER/distances.json where th
 """
 
 import functools
+import json
 import math
 import unicodedata
 from pathlib import Path
@@ -299,6 +300,12 @@ def distances(args):
     model, tokenizer = evaluate.load_encoder(args.model, args.task, layer=args.layer)
     model.to(device).eval()
     results = {'args': vars(args), 'model': evaluate.fingerprint(model, tokenizer), 'languages': {}}
+    if args.out:
+        path = Path(args.out) / 'distances.json'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # All but the languages, with which it ends.
+        if path.exists() and not path.read_bytes().startswith(json.dumps(results)[:-2].encode()):
+            raise InputError(f'{path}: measured otherwise, as its "args" say; name another --out')
     try:
         for lang, pairs in texts.items():
             theirs, english = zip(*pairs)
@@ -306,7 +313,7 @@ def distances(args):
             english = embed(model, tokenizer, english, 'en', args.layer)
             results['languages'][lang] = compare(lang, theirs, english)
             if args.out:
-                write_json(Path(args.out) / 'distances.json', results)
+                write_json(path, results)
     finally:        # what was measured is printed also where a later language fails
         if results['languages']:
             report(f'{args.task}, layer {args.layer} of {args.model}; English: '
@@ -475,10 +482,6 @@ def main(words=None):
     # All that can be read or tried comes before the first hour of measuring.
     if args.output:
         evaluate.check_picture(args.output)
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        if (Path(args.out) / 'distances.json').exists():
-            raise InputError(f'{args.out}: holds distances.json; name another --out')
     compared = comparable(args.runs, args.task) if args.runs else None
     results = distances(args)
     if compared:

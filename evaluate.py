@@ -100,6 +100,8 @@ def from_pretrained(name, **options):
     """transformers' loading -> model in float32, tokenizer, the names of missing weights."""
     logging.set_verbosity_error()       # what of its reports matters is said here, in a line
     logging.disable_progress_bar()
+    if name.startswith(('.', '/')) and not Path(name).exists():
+        raise InputError(f'{name}: no such folder; expected a checkpoint, or a name of the hub')
     for local in (True, False):         # first what is at hand: to ask the hub in vain takes a minute
         where = {'trust_remote_code': False, 'local_files_only': local}
         try:
@@ -784,11 +786,14 @@ def find_runs(args):
         one_table(records)      # the seeds of a variant are drawn as one curve
         check_picture(args.output)
     for record in records:
-        where = record['where']
+        where, task = record['where'], record['setting']['task']
         if not Path(where).is_dir():
             raise InputError(f'{where}: a result without its model; to measure anew, name run folders')
         if args.smooth and not args.eps and 'eps' not in record['variant']:
             raise InputError(f'{where}: {record["variant"]["method"]} has no eps of its own; say --eps')
+        load(where)
+        for lang in args.langs or record['test_marks']:
+            read_pairs(path_of(args.data or record['args']['data'], task, 'test', lang), task)
     return records
 
 

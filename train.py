@@ -474,7 +474,7 @@ def copies_of(run, pairs):
                            seed=run.seed, name=run.synonyms)
 
 
-def train_and_score(run, beginning, inputs, title):
+def train_and_score(run, beginning, inputs):
     """One run, from its beginning to results.json."""
     out, copies = Path(run.out), copies_of(run, inputs.pairs)
     if RANK == 0:
@@ -482,14 +482,13 @@ def train_and_score(run, beginning, inputs, title):
     torch.manual_seed(run.seed)
     model, tokenizer = evaluate.load_encoder(run.model, run.task, run.freeze_embeddings)
     model.to(inputs.device)
-    trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, title)
+    trained = train(model, tokenizer, inputs.pairs, inputs.dev, run, copies, inputs.dtype, beginning['name'])
     if RANK > 0:
         return
     record = beginning | trained | scores_of(run, inputs)
     write_json(out / 'results.json', record)
     (out / 'state.pt').unlink(missing_ok=True)
-    average = evaluate.accuracies([record], inputs.langs).nanmean()     # nan if no test file has labels
-    evaluate.say(f'{title}: test average {average:.1f}, English dev {record["dev"]:.1f}; saved in {out}')
+    evaluate.say(f'{out}: finished, English dev {record["dev"]:.1f}')
 
 
 def scores_of(run, inputs):
@@ -514,6 +513,8 @@ def scores_of(run, inputs):
 def start_processes():
     """Where torchrun started this process: join the others."""
     if WORLD == 1:
+        if 'RANK' in os.environ:
+            evaluate.say('RANK is set, but torchrun did not set it: one process')
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
@@ -521,7 +522,7 @@ def start_processes():
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=hours)
 
 
-def make(run, beginning, inputs, title):
+def make(run, beginning, inputs):
     """Make a run, unless it is finished or another process is at it. Raises InputError.
 
     The folder's one writer holds its lock, and asks only then what the folder holds.
@@ -540,7 +541,7 @@ def make(run, beginning, inputs, title):
             evaluate.say(f'{run.out}: being made by another process')
         elif status != 'finished':
             with enough_memory('try --freeze-embeddings, or a smaller --batch or --max-length'):
-                train_and_score(run, beginning, inputs, title)
+                train_and_score(run, beginning, inputs)
     finally:
         lock.release()
 
@@ -563,16 +564,16 @@ def main(words=None):
         evaluate.say(f'{run.out}: {status}, {steps_of(run, len(inputs.pairs)):,} steps')
     if args.dry_run:
         return
-    for number, (run, beginning) in enumerate(zip(runs, beginnings), 1):
+    for run, beginning in zip(runs, beginnings):
         try:
-            make(run, beginning, inputs, f'run {number} of {len(runs)}: {beginning["name"]}')
+            make(run, beginning, inputs)
         except InputError as error:
             failed.append(f'{run.out}: {error}')
             if WORLD > 1 or len(runs) == 1:         # the other processes are where this one is not
                 raise InputError(failed[-1]) from None
             evaluate.say(failed[-1])
     finished = [run.out for run in runs if (Path(run.out) / 'results.json').exists()]
-    if RANK == 0 and finished:
+    if RANK == 0 and finished and len(finished) + len(failed) == len(runs):     # the last to end prints them
         evaluate.report(evaluate.read_records(finished))
     if WORLD > 1:
         dist.destroy_process_group()
