@@ -1650,7 +1650,7 @@ def test_of_two_runs_that_meet_in_a_folder_one_is_refused(small, tmp_path):
     found = processes(*((SLOW, [*flags.split(), lr]) for lr in ('0.001', '0.002')))
     (_, out, _), (status, nothing, said) = sorted(found)
     assert '| plain ' in out and (status, nothing) == (1, '')
-    assert re.search(r'/a: holds another run \(lr \S+, not \S+\); name another folder with --out\n$', said)
+    assert re.search(r'^\S+/a: holds another run \(lr \S+, not \S+\); name another .* --out\n$', said, re.M)
     assert record_of(tmp_path / 'a')['setting']['lr'] == (0.002 if found[0][0] else 0.001)
 
 

@@ -186,11 +186,11 @@ def beginning_of(run, inputs):
     versions = {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)}
     versions['python'] = platform.python_version()
     modules = b''.join(Path(__file__).with_name(name).read_bytes() for name in SOURCE)
-    source = hashlib.sha256(modules).hexdigest()[:16]
     device = f'{platform.machine()}, {torch.get_num_threads()} threads'
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    made_by = {'versions': versions, 'source': source, 'device': device, 'processes': WORLD}
+    made_by = {'versions': versions, 'source': hashlib.sha256(modules).hexdigest()[:16], 'device': device,
+               'processes': WORLD}
     return identity_of(run, inputs) | {'args': args | run.own, 'made_by': made_by}
 
 
@@ -518,8 +518,9 @@ def start_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    hours = datetime.timedelta(hours=6)         # the others wait while the first scores
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=hours)
+    # The others wait while the first scores.
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',
+                            timeout=datetime.timedelta(hours=6))
 
 
 def make(run, beginning, inputs):
@@ -542,6 +543,8 @@ def make(run, beginning, inputs):
         elif status != 'finished':
             with enough_memory('try --freeze-embeddings, or a smaller --batch or --max-length'):
                 train_and_score(run, beginning, inputs)
+    except InputError as error:
+        raise InputError(f'{run.out}: {error}') from None
     finally:
         lock.release()
 
@@ -568,9 +571,9 @@ def main(words=None):
         try:
             make(run, beginning, inputs)
         except InputError as error:
-            failed.append(f'{run.out}: {error}')
             if WORLD > 1 or len(runs) == 1:         # the other processes are where this one is not
-                raise InputError(failed[-1]) from None
+                raise
+            failed.append(str(error))
             evaluate.say(failed[-1])
     finished = [run.out for run in runs if (Path(run.out) / 'results.json').exists()]
     if RANK == 0 and finished and len(finished) + len(failed) == len(runs):     # the last to end prints them
